@@ -1,0 +1,6 @@
+// The row algorithms for any processor.
+#include "rows_abi.h"
+
+#define SDK_ISA plain
+#define SDK_LANES 4
+#include "../rows.h"

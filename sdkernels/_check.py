@@ -1,0 +1,247 @@
+"""Every message a user can see: arguments are checked here, before any kernel starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INDICES = (torch.int32, torch.int64)
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether a tensor's values may be read: on the CPU, and on a GPU (where reading waits) if SDKERNELS_VALIDATE=1."""
+    return tensor.device.type == "cpu" or os.environ.get("SDKERNELS_VALIDATE") == "1"
+
+
+def is_tensor(name: str, value: Any) -> Tensor:
+    """Refuse anything but a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def logits(name: str, value: Any) -> Tensor:
+    """Floating logits (..., V) with V > 0."""
+    is_tensor(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+    if value.dim() == 0 or value.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., V) with V > 0, got {tuple(value.shape)}")
+    return value
+
+
+def same_device(name: str, value: Tensor, like: Tensor) -> None:
+    """Refuse tensors on different devices."""
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, but the logits or log-probs are on {like.device}")
+
+
+def constant(name: str, value: Tensor) -> None:
+    """Refuse a tensor that expects a gradient that it will not get."""
+    if torch.is_grad_enabled() and value.requires_grad:
+        raise ValueError(f"{name} requires grad but gets no gradient here: pass {name}.detach()")
+
+
+def same_shape(name: str, value: Tensor, shape: Sequence[int]) -> None:
+    """One value per token."""
+    if value.shape != torch.Size(shape):
+        raise ValueError(f"{name} must have one value per token, shape {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def token_ids(name: str, value: Any, shape: Sequence[int], like: Tensor) -> Tensor:
+    """int32 or int64 ids of the leading shape."""
+    is_tensor(name, value)
+    if value.dtype not in INDICES:
+        raise TypeError(f"{name} must be int32 or int64, got {value.dtype}")
+    same_shape(name, value, shape)
+    same_device(name, value, like)
+    return value
+
+
+def mask(name: str, value: Any, shape: Sequence[int], like: Tensor) -> Tensor | None:
+    """An optional mask of the leading shape, of any real dtype; kept where non-zero."""
+    if value is None:
+        return None
+    is_tensor(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name} must be boolean, integer or floating, got {value.dtype}")
+    same_shape(name, value, shape)
+    same_device(name, value, like)
+    constant(name, value)
+    return value
+
+
+def floats(name: str, value: Any, like: Tensor) -> Tensor:
+    """A floating tensor that gets no gradient."""
+    is_tensor(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
+    same_device(name, value, like)
+    constant(name, value)
+    return value
+
+
+def per_token(name: str, value: Any, shape: Sequence[int], like: Tensor) -> Tensor | None:
+    """An optional floating tensor of the leading shape that gets no gradient."""
+    if value is None:
+        return None
+    floats(name, value, like)
+    same_shape(name, value, shape)
+    return value
+
+
+def per_sequence(name: str, value: Any, shape: Sequence[int], cu_seqlens: Tensor | None, like: Tensor) -> Tensor:
+    """A floating tensor of the leading shape, or of the leading shape without time: one value per sequence."""
+    floats(name, value, like)
+    shape = tuple(shape)
+    sequences = (cu_seqlens.numel() - 1,) if cu_seqlens is not None else shape[:-1]
+    if tuple(value.shape) in (shape, sequences):
+        return value
+    hint = ""
+    if shape and value.shape == (*shape[:-1], 1):
+        hint = f"; use {name}.squeeze(-1) for one value per sequence, {name}.expand({shape}) for one per token"
+    raise ValueError(f"{name} must have shape {shape} (per token) or {sequences} (per sequence), "
+                     f"got {tuple(value.shape)}{hint}")  # fmt: skip
+
+
+def temperature(value: Any, shape: Sequence[int], cu_seqlens: Tensor | None, like: Tensor) -> float | Tensor:
+    """A finite positive number, or a tensor of them per token or per sequence."""
+    if isinstance(value, Tensor):
+        if value.dim() == 0:
+            floats("temperature", value, like)
+            return value
+        return per_sequence("temperature", value, shape, cu_seqlens, like)
+    number = real("temperature", value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"temperature must be finite and > 0, got {value}")
+    return number
+
+
+def temperature_values(temperatures: Tensor, keep: Tensor) -> None:
+    """The values of a temperature tensor, at the kept tokens."""
+    each = temperatures.reshape(-1, 1).expand(-1, keep.numel() // max(temperatures.numel(), 1)).reshape(-1)
+    bad = keep.reshape(-1) & ~((each > 0) & each.isfinite())
+    if bad.any():
+        raise ValueError(f"temperature must be finite and > 0, got {each[bad][0].item()} for an unmasked token")
+
+
+def token_id_values(ids: Tensor, keep: Tensor, vocab: int) -> None:
+    """The values of token ids, at the kept tokens."""
+    bad = keep & ((ids < 0) | (ids >= vocab))
+    if bad.any():
+        raise IndexError(f"token_ids must be in [0, {vocab}), or -100 for a masked token, got {ids[bad][0].item()}")
+
+
+def real(name: str, value: Any) -> float:
+    """A Python number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def at_least(name: str, value: Any, low: float) -> float:
+    """A number >= low; inf is allowed."""
+    number = real(name, value)
+    if not number >= low:
+        raise ValueError(f"{name} must be >= {low:g}, got {value}")
+    return number
+
+
+def unit_interval(name: str, value: Any) -> float:
+    """A number in [0, 1]."""
+    number = real(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return number
+
+
+def clip_range(value: Any) -> tuple[float, float]:
+    """eps_w or (below, above), as the pair."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != 2:
+            raise ValueError(f"clip_range must be a number or a pair (below, above), got {value!r}")
+        below, above = value
+    else:
+        below = above = value
+    return at_least("clip_range", below, 0), at_least("clip_range", above, 0)
+
+
+def dual_clip(value: Any) -> float | None:
+    """None, or a number > 1."""
+    if value is None:
+        return None
+    number = real("dual_clip", value)
+    if not number > 1.0:
+        raise ValueError(f"dual_clip must be > 1, got {value}")
+    return number
+
+
+def one_of(name: str, value: Any, options: Sequence[str]) -> str:
+    """One of a few words."""
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """A bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
+
+
+def cu_seqlens(value: Any, shape: Sequence[int], like: Tensor) -> Tensor | None:
+    """Optional cumulative sequence lengths of packed tokens: 0, ..., N, not decreasing."""
+    if value is None:
+        return None
+    is_tensor("cu_seqlens", value)
+    if value.dtype not in INDICES:
+        raise TypeError(f"cu_seqlens must be int32, got {value.dtype}")
+    same_device("cu_seqlens", value, like)
+    if len(shape) != 1:
+        raise ValueError(f"cu_seqlens needs packed tokens of shape (N,), got tokens of shape {tuple(shape)}")
+    if value.dim() != 1 or value.numel() == 0:
+        raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(value.shape)}")
+    if not torch.compiler.is_compiling() and values_are_checked(value):
+        ends = value.tolist()
+        if ends[0] != 0 or ends[-1] != shape[0] or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens must go from 0 to {shape[0]} without decreasing, got {ends[:8]}")
+    return value
+
+
+def reduction(value: Any, normalizer: Any, shape: Sequence[int], cu_seqlens: Tensor | None, like: Tensor) -> None:
+    """The reduction's name, its normalizer, and whether the tokens have sequences."""
+    one_of("reduction", value, ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"))
+    if value.startswith("seq-mean") and len(shape) < 2 and cu_seqlens is None:
+        raise ValueError(f"reduction={value!r} needs sequences: tokens of shape (B, T), or cu_seqlens; "
+                         f"got tokens of shape {tuple(shape)}")  # fmt: skip
+    if normalizer is None:
+        return
+    if value == "none":
+        raise ValueError("normalizer has nothing to divide with reduction='none'")
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer must be a number or a 0-dim tensor, got shape {tuple(normalizer.shape)}")
+        same_device("normalizer", normalizer, like)
+    elif not 0 < real("normalizer", normalizer) < math.inf:
+        raise ValueError(f"normalizer must be finite and > 0, got {normalizer}")
+
+
+def writable_in_place(name: str, value: Tensor) -> None:
+    """Logits whose memory backward may overwrite: adjacent vocabulary, no two tokens sharing memory."""
+    if value.stride(-1) != 1 or value.dim() > 4:
+        raise ValueError(f"inplace=True needs {name} with an adjacent vocabulary and at most three leading "
+                         f"dimensions, got strides {value.stride()}")  # fmt: skip
+    extent = value.shape[-1]
+    for stride, size in sorted(zip(value.stride()[:-1], value.shape[:-1], strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(f"inplace=True needs {name} whose tokens do not overlap in memory, "
+                             f"got shape {tuple(value.shape)} with strides {value.stride()}")  # fmt: skip
+        extent += (size - 1) * stride

@@ -1,0 +1,65 @@
+"""The row operations in plain PyTorch: what serves float64, and the CPU where csrc was not built."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _scaled(logits: Tensor, temperature: float, temperatures: Tensor | None) -> tuple[Tensor, Tensor | float]:
+    """Logits in the arithmetic's dtype, and the temperature as a column."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperatures is None:
+        return z, temperature
+    column = temperatures.to(z.dtype).reshape(-1, 1).expand(-1, z[..., 0].numel() // max(temperatures.numel(), 1))
+    return z, column.reshape(z.shape[:-1]).unsqueeze(-1)
+
+
+def _kept(token_ids: Tensor, mask: Tensor | None) -> Tensor:
+    keep = token_ids != -100
+    return keep if mask is None else keep & (mask != 0)
+
+
+def row_statistics(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``sdkernels.rows.statistics.row_statistics``."""
+    z, t = _scaled(logits, temperature, temperatures)
+    keep, valid = _kept(token_ids, mask), (token_ids >= 0) & (token_ids < z.shape[-1])
+    m = z.amax(-1, keepdim=True)
+    y = (z - m) / t
+    log_sum = y.exp().sum(-1, keepdim=True).log()
+    log_p = y - log_sum
+    log_prob = log_p.gather(-1, token_ids.long().where(valid, 0).unsqueeze(-1))
+    entropy = -(log_p.exp() * log_p).masked_fill(log_p == -torch.inf, 0).sum(-1)
+    nan = torch.where(valid, 0.0, torch.nan)
+    return tuple(torch.where(keep, x, 0).to(z.dtype)
+                 for x in (log_prob[..., 0] + nan, entropy + nan, m[..., 0], log_sum[..., 0] + nan))  # fmt: skip
+
+
+def row_gradient(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    log_prob: Tensor,
+    entropy: Tensor,
+    max: Tensor,
+    log_sum: Tensor,
+    grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """See ``sdkernels.rows.gradient.row_gradient``."""
+    z, t = _scaled(logits, temperature, temperatures)
+    log_p = (z - max.unsqueeze(-1)) / t - log_sum.unsqueeze(-1)
+    p = log_p.exp()
+    grad = torch.zeros_like(z)
+    if grad_log_prob is not None:
+        onehot = torch.zeros_like(z).scatter_(-1, token_ids.long().clamp(0, z.shape[-1] - 1).unsqueeze(-1), 1)
+        coefficient = grad_log_prob.masked_fill(log_prob == -torch.inf, 0).unsqueeze(-1)
+        grad = coefficient * (onehot - p)
+    if grad_entropy is not None:
+        surprise = (p * (log_p + entropy.unsqueeze(-1))).masked_fill(log_p == -torch.inf, 0)
+        grad = grad - grad_entropy.unsqueeze(-1) * surprise
+    return torch.where(_kept(token_ids, mask).unsqueeze(-1), grad / t, 0).to(logits.dtype)

@@ -1,0 +1,1 @@
+"""Row operations: everything that reads or writes logits. Each file holds a kernel, its launch and its operator."""

@@ -1,0 +1,108 @@
+"""Device math, once, in float32: what the Triton kernels are made of.
+
+A row of logits z at temperature T is seen as y = (z - m) k with k = log2(e) / T and m its maximum. Then s = sum 2^y,
+t = sum y 2^y, and softmax is 2^y / s. Keeping m and log s apart keeps the digits that a single logsumexp loses.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # only the CPU implementation is left
+    triton = tl = None
+
+jit = triton.jit if triton else lambda function: function
+
+if triton:
+    LOG2E = tl.constexpr(1.4426950408889634)
+    LOWEST = tl.constexpr(-3.402823466e38)  # the maximum of no logits: below every finite one
+    LEAST = tl.constexpr(-1e30)  # stands for -inf where 0 multiplies it
+    IGNORED = tl.constexpr(-100)
+
+
+@jit
+def row_offset(row, layout, ALIGN: tl.constexpr):
+    """Where a row starts, in elements: layout is (size 1, size 2, stride 0, stride 1, stride 2), strides over ALIGN."""
+    size1, size2, stride0, stride1, stride2 = layout
+    index0 = row // (size1 * size2)
+    index1 = row // size2 % size1
+    offset = index0.to(tl.int64) * stride0 + index1.to(tl.int64) * stride1 + (row % size2).to(tl.int64) * stride2
+    return offset * ALIGN
+
+
+@jit
+def is_kept(row, token_id, mask_ptr):
+    """Whether a token counts: its id is not -100 and its mask, if any, is not 0."""
+    keep = token_id != IGNORED
+    if mask_ptr is not None:
+        keep = keep & (tl.load(mask_ptr + row) != 0)
+    return keep
+
+
+@jit
+def row_temperature(row, temperature, temperatures_ptr, span):
+    """The temperature of a row: a number for all, or one for each `span` consecutive rows."""
+    if temperatures_ptr is not None:
+        temperature = tl.load(temperatures_ptr + row // span)
+    return temperature
+
+
+@jit
+def fold(m, s, t, logits, scale):
+    """Lanes of running statistics (m, s, t), (LANES,), and a tile of further logits, (DEPTH, LANES)."""
+    new_m = tl.maximum(m, tl.max(logits, 0))
+    y = (logits - new_m[None, :]) * scale
+    e = tl.exp2(y)
+    shift = tl.maximum((m - new_m) * scale, LEAST)
+    factor = tl.exp2(shift)
+    new_s = s * factor + tl.sum(e, 0)
+    new_t = (t + shift * s) * factor + tl.sum(e * tl.maximum(y, LEAST), 0)
+    return new_m, new_s, new_t
+
+
+@jit
+def sweep(row_ptr, vocab, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """One pass over a row: its maximum m, s = sum 2^y and t = sum y 2^y. Whole tiles unmasked, then the rest."""
+    TILE: tl.constexpr = DEPTH * LANES
+    offsets = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    m = tl.full((LANES,), LOWEST, tl.float32)
+    s = tl.zeros((LANES,), tl.float32)
+    t = tl.zeros((LANES,), tl.float32)
+    whole = vocab // TILE * TILE
+    for start in range(0, whole, TILE):
+        m, s, t = fold(m, s, t, tl.load(row_ptr + start + offsets).to(tl.float32), scale)
+    if whole < vocab:
+        rest = tl.load(row_ptr + whole + offsets, mask=whole + offsets < vocab, other=float("-inf"))
+        m, s, t = fold(m, s, t, rest.to(tl.float32), scale)
+    row_m = tl.max(m, 0)
+    shift = tl.maximum((m - row_m) * scale, LEAST)
+    factor = tl.exp2(shift)
+    return row_m, tl.sum(s * factor, 0), tl.sum((t + shift * s) * factor, 0)
+
+
+@jit
+def token_statistics(row_ptr, vocab, token_id, temperature, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """log P(token), entropy, m and log s of a row; NaN where the id is outside the vocabulary."""
+    m, s, t = sweep(row_ptr, vocab, LOG2E / temperature, DEPTH, LANES)
+    log_sum = tl.log(s)
+    valid = (token_id >= 0) & (token_id < vocab)
+    label = tl.load(row_ptr + token_id, mask=valid, other=float("nan")).to(tl.float32)
+    invalid = tl.where(valid, 0.0, float("nan"))
+    log_prob = (label - m) / temperature - log_sum
+    entropy = log_sum - t / (s * LOG2E) + invalid
+    return log_prob, entropy, m, log_sum + invalid
+
+
+@jit
+def evidence_advantage(advantage, student, teacher, credited, lam, low, high, PESSIMISTIC: tl.constexpr):
+    """RLSD Eq. 13-16 for one token: the advantage A_t, the weight w_t and the information gain Delta_t."""
+    gain = teacher - student
+    weight = tl.exp(tl.where(advantage > 0, gain, -gain))
+    weight = tl.where(advantage == 0, 1.0, weight)
+    target = advantage * tl.clamp(weight, low, high, propagate_nan=tl.PropagateNan.ALL)
+    if PESSIMISTIC:
+        target = tl.minimum(weight * advantage, target, propagate_nan=tl.PropagateNan.ALL)
+    mixed = advantage * (1 - lam) + lam * target
+    keeps_own = (lam == 0) | (advantage == 0) | (credited == 0)
+    return tl.where(keeps_own, advantage, mixed), weight, gain

@@ -1,0 +1,183 @@
+"""`sdkernels::rlsd_token_advantage`: two rows to an evidence-weighted advantage, one launch and one sweep of each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdkernels.evidence import SIGNS, evidence_advantage
+from sdkernels.rows import device, layout
+from sdkernels.rows.device import jit, tl
+from sdkernels.rows.implementations import runs_triton
+from sdkernels.rows.statistics import WARPS, check_values, row_statistics
+
+
+@jit(do_not_specialize=["student_layout", "teacher_layout", "temperature_span", "advantage_span", "sign"])
+def _evidence_kernel(
+    student_ptr,  # (N, V) through `student_layout`
+    teacher_ptr,  # (N, V) through `teacher_layout`, or (N,) log-probs where that is None
+    token_ids_ptr,  # (N,)
+    advantages_ptr,  # (N / advantage_span,)
+    masks,  # mask (N,) or None, credit mask (N,) or None, temperatures (N / temperature_span,) or None
+    outputs,  # seven of (N,), in the order of RLSDAdvantage
+    student_layout,
+    teacher_layout,
+    vocab,
+    temperature_span,
+    advantage_span,
+    temperature,
+    mixing,  # lam, low, high
+    sign,  # of the advantages that the teacher weighs; 0: both
+    PESSIMISTIC: tl.constexpr,
+    STUDENT_TILE: tl.constexpr,  # (depth, lanes)
+    TEACHER_TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    row = tl.program_id(0)
+    mask_ptr, credit_mask_ptr, temperatures_ptr = masks
+    lam, low, high = mixing
+    token_id = tl.load(token_ids_ptr + row).to(tl.int64)
+    weighted = 0.0
+    weight = 0.0
+    gain = 0.0
+    student = 0.0
+    teacher = 0.0
+    student_entropy = 0.0
+    teacher_entropy = 0.0
+    if device.is_kept(row, token_id, mask_ptr):
+        t = device.row_temperature(row, temperature, temperatures_ptr, temperature_span)
+        advantage = tl.load(advantages_ptr + row // advantage_span)
+        credited = (sign == 0) | ((sign > 0) & (advantage > 0)) | ((sign < 0) & (advantage < 0))
+        if credit_mask_ptr is not None:
+            credited = credited & (tl.load(credit_mask_ptr + row) != 0)
+        student_row = student_ptr + device.row_offset(row, student_layout, ALIGN)
+        student, student_entropy, _, _ = device.token_statistics(
+            student_row, vocab, token_id, t, STUDENT_TILE[0], STUDENT_TILE[1])  # fmt: skip
+        if teacher_layout is None:
+            teacher = tl.load(teacher_ptr + row)
+        else:
+            teacher_row = teacher_ptr + device.row_offset(row, teacher_layout, ALIGN)
+            teacher, teacher_entropy, _, _ = device.token_statistics(
+                teacher_row, vocab, token_id, t, TEACHER_TILE[0], TEACHER_TILE[1])  # fmt: skip
+        weighted, weight, gain = device.evidence_advantage(
+            advantage, student, teacher, credited, lam, low, high, PESSIMISTIC
+        )
+    tl.store(outputs[0] + row, weighted)
+    tl.store(outputs[1] + row, weight)
+    tl.store(outputs[2] + row, gain)
+    tl.store(outputs[3] + row, student)
+    tl.store(outputs[4] + row, teacher)
+    tl.store(outputs[5] + row, student_entropy)
+    tl.store(outputs[6] + row, teacher_entropy)
+
+
+@torch.library.custom_op("sdkernels::rlsd_token_advantage", mutates_args=())
+def rlsd_token_advantage(
+    student: Tensor,
+    teacher: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    credit_mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    lam: float,
+    low: float,
+    high: float,
+    apply_to: str,
+    pessimistic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The seven results of ``sdkernels.rlsd_token_advantage``, each (...).
+
+    ``student`` and ``teacher`` are logits (..., V) as ``layout.as_rows`` returns them, or ``teacher`` is log-probs
+    (...); ``advantages`` and ``temperatures``, contiguous, hold one value for each run of consecutive tokens; ``low``
+    and ``high`` bound the weight. On the CPU and for float64 it is two row statistics and the token math in PyTorch.
+    """
+    dense = teacher.dim() == student.dim()
+    if not (runs_triton(student) and not (dense and teacher.dtype == torch.float64)):
+        return _composed(
+            student,
+            teacher if dense else None,
+            teacher,
+            token_ids,
+            advantages,
+            mask,
+            credit_mask,
+            temperature,
+            temperatures,
+            lam,
+            low,
+            high,
+            apply_to,
+            pessimistic,
+        )
+    check_values(student, token_ids, mask, temperatures)
+    outputs = tuple(torch.empty(token_ids.shape, dtype=torch.float32, device=student.device) for _ in range(7))
+    tokens = token_ids.numel()
+    if tokens == 0:
+        return outputs
+    align = layout.alignment(student, teacher) if dense else layout.alignment(student)
+    with layout.on_device(student):
+        _evidence_kernel[(tokens,)](
+            student,
+            teacher,
+            token_ids,
+            advantages,
+            (mask, credit_mask, temperatures),
+            outputs,
+            layout.kernel_layout(student, align),
+            layout.kernel_layout(teacher, align) if dense else None,
+            student.shape[-1],
+            layout.span(temperatures, tokens) if temperatures is not None else 1,
+            layout.span(advantages, tokens),
+            temperature,
+            (lam, low, high),
+            SIGNS[apply_to],
+            PESSIMISTIC=pessimistic,
+            STUDENT_TILE=layout.tile(student, WARPS),
+            TEACHER_TILE=layout.tile(teacher, WARPS) if dense else None,
+            ALIGN=align,
+            num_warps=WARPS,
+        )
+    return outputs
+
+
+def _composed(
+    student,
+    teacher_logits,
+    teacher,
+    token_ids,
+    advantages,
+    mask,
+    credit_mask,
+    temperature,
+    temperatures,
+    lam,
+    low,
+    high,
+    apply_to,
+    pessimistic,
+):
+    keep = token_ids != -100 if mask is None else (token_ids != -100) & (mask != 0)
+    student_log_prob, student_entropy, _, _ = row_statistics(student, token_ids, mask, temperature, temperatures, False)
+    if teacher_logits is None:
+        teacher_log_prob, teacher_entropy = torch.where(keep, teacher, 0), torch.zeros_like(student_entropy)
+    else:
+        teacher_log_prob, teacher_entropy, _, _ = row_statistics(
+            teacher_logits, token_ids, mask, temperature, temperatures, False
+        )
+    tokens = advantages.reshape(-1, 1).expand(-1, layout.span(advantages, keep.numel())).reshape(keep.shape)
+    weighted = evidence_advantage(
+        student_log_prob, teacher_log_prob, tokens, keep, credit_mask, lam, low, high, apply_to, pessimistic
+    )
+    dtype = torch.promote_types(student_log_prob.dtype, teacher_log_prob.dtype)
+    results = (*weighted, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy)
+    return tuple(x.to(dtype, copy=True) for x in results)
+
+
+@rlsd_token_advantage.register_fake
+def _(student, teacher, token_ids, *arguments):
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    if teacher.dim() == student.dim():
+        dtype = torch.promote_types(dtype, teacher.dtype)
+    return tuple(torch.empty(token_ids.shape, dtype=dtype, device=student.device) for _ in range(7))

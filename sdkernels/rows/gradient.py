@@ -1,0 +1,193 @@
+"""`sdkernels::row_gradient`: one sweep over each row turns per-token coefficients into the gradient of its logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdkernels.reference import rows as reference
+from sdkernels.rows import device, layout
+from sdkernels.rows.device import jit, tl
+from sdkernels.rows.implementations import runs_csrc, runs_triton
+
+WARPS = 4
+BLOCK = 4096
+
+
+@jit
+def _gradient_block(logits, offsets, token_id, m, scale, log2_sum, slope, entropy_slope, label_slope):
+    y = (logits.to(tl.float32) - m) * scale - log2_sum  # log2 p
+    gradient = tl.exp2(y) * (slope + entropy_slope * tl.maximum(y, device.LEAST))
+    return gradient + tl.where(offsets == token_id, label_slope, 0.0)
+
+
+@jit(do_not_specialize=["layout", "grad_layout", "span"])
+def _gradient_kernel(
+    logits_ptr,  # (N, V) through `layout`
+    grad_ptr,  # (N, V) through `grad_layout`; may be logits_ptr
+    token_ids_ptr,  # (N,)
+    mask_ptr,  # (N,) or None
+    temperatures_ptr,  # (N / span,) or None
+    log_prob_ptr,  # (N,), as the three below: the row's statistics
+    entropy_ptr,
+    max_ptr,
+    log_sum_ptr,
+    grad_log_prob_ptr,  # (N,) or None: upstream
+    grad_entropy_ptr,  # (N,) or None: upstream
+    layout,
+    grad_layout,
+    vocab,
+    span,
+    temperature,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    blocks = tl.cdiv(vocab, BLOCK)
+    row = tl.program_id(0) // blocks
+    start = tl.program_id(0) % blocks * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    token_id = tl.load(token_ids_ptr + row).to(tl.int64)
+    grad_row_ptr = grad_ptr + device.row_offset(row, grad_layout, ALIGN)
+    on_log_prob = 0.0
+    on_entropy = 0.0
+    log_sum = 0.0
+    if device.is_kept(row, token_id, mask_ptr):
+        log_sum = tl.load(log_sum_ptr + row)
+        if grad_log_prob_ptr is not None:
+            # A label of probability 0 has no gradient: its log-prob is the constant -inf.
+            possible = tl.load(log_prob_ptr + row) != float("-inf")
+            on_log_prob = tl.where(possible, tl.load(grad_log_prob_ptr + row), 0.0)
+        if grad_entropy_ptr is not None:
+            on_entropy = tl.load(grad_entropy_ptr + row)
+    needs_row = (on_log_prob != 0) | (on_entropy != 0) | (log_sum != log_sum)
+    if needs_row:
+        row_ptr = logits_ptr + device.row_offset(row, layout, ALIGN)
+        row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
+        m = tl.load(max_ptr + row)
+        scale = device.LOG2E / row_temperature
+        slope = -on_log_prob / row_temperature
+        entropy_slope = 0.0
+        if grad_entropy_ptr is not None:
+            entropy = tl.load(entropy_ptr + row)
+            slope -= tl.where(on_entropy == 0, 0.0, on_entropy * entropy) / row_temperature
+            entropy_slope = -on_entropy / (row_temperature * device.LOG2E)
+        label_slope = on_log_prob / row_temperature
+        log2_sum = log_sum * device.LOG2E
+        if start + BLOCK <= vocab:
+            z = tl.load(row_ptr + offsets)
+            g = _gradient_block(z, offsets, token_id, m, scale, log2_sum, slope, entropy_slope, label_slope)
+            tl.store(grad_row_ptr + offsets, g.to(grad_ptr.dtype.element_ty))
+        else:
+            z = tl.load(row_ptr + offsets, mask=offsets < vocab, other=0.0)
+            g = _gradient_block(z, offsets, token_id, m, scale, log2_sum, slope, entropy_slope, label_slope)
+            tl.store(grad_row_ptr + offsets, g.to(grad_ptr.dtype.element_ty), mask=offsets < vocab)
+    else:
+        tl.store(grad_row_ptr + offsets, tl.zeros((BLOCK,), grad_ptr.dtype.element_ty), mask=offsets < vocab)
+
+
+def _launch(logits: Tensor, grad: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float,
+            temperatures: Tensor | None, per_token: tuple[Tensor | None, ...]) -> None:  # fmt: skip
+    vocab = logits.shape[-1]
+    align = layout.alignment(logits, grad)
+    with layout.on_device(logits):
+        _gradient_kernel[(token_ids.numel() * -(-vocab // BLOCK),)](
+            logits, grad, token_ids, mask, temperatures, *per_token,
+            layout.kernel_layout(logits, align), layout.kernel_layout(grad, align), vocab,
+            layout.span(temperatures, token_ids.numel()) if temperatures is not None else 1, temperature,
+            BLOCK=BLOCK, ALIGN=align, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def _fill(logits: Tensor, grad: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float,
+          temperatures: Tensor | None, *per_token: Tensor | None) -> None:  # fmt: skip
+    """Write the gradient of `logits` over `grad`, which may be the logits themselves."""
+    if token_ids.numel() == 0:
+        return
+    if runs_triton(logits):
+        _launch(logits, grad, token_ids, mask, temperature, temperatures, per_token)
+    elif runs_csrc(logits):
+        keep = None if mask is None else mask.ne(0)
+        torch.ops.sdkernels_cpu.row_gradient(
+            logits, token_ids.long(), keep, temperature, temperatures, *per_token, grad
+        )
+    else:
+        grad.copy_(reference.row_gradient(logits, token_ids, mask, temperature, temperatures, *per_token))
+
+
+@torch.library.custom_op("sdkernels::row_gradient", mutates_args=())
+def row_gradient(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    log_prob: Tensor,
+    entropy: Tensor,
+    max: Tensor,
+    log_sum: Tensor,
+    grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """The logits' gradient, (..., V) in their dtype, of sum_t a_t log P(token_t) + b_t H_t.
+
+    a = ``grad_log_prob`` and b = ``grad_entropy`` are the upstream gradients (...); the four statistics are
+    ``row_statistics``'. Each row's gradient is (a (onehot - p) - b p (log p + H)) / T, formed in float32 and rounded
+    once. Masked rows are 0 and not read; a row whose coefficients are 0 is not read either.
+    """
+    grad = torch.empty_like(logits)
+    _fill(
+        logits,
+        grad,
+        token_ids,
+        mask,
+        temperature,
+        temperatures,
+        log_prob,
+        entropy,
+        max,
+        log_sum,
+        grad_log_prob,
+        grad_entropy,
+    )
+    return grad
+
+
+@row_gradient.register_fake
+def _(logits, *arguments):
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("sdkernels::row_gradient_", mutates_args=("logits",))
+def row_gradient_(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    log_prob: Tensor,
+    entropy: Tensor,
+    max: Tensor,
+    log_sum: Tensor,
+    grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    """``row_gradient`` written over the logits' own memory."""
+    _fill(
+        logits,
+        logits,
+        token_ids,
+        mask,
+        temperature,
+        temperatures,
+        log_prob,
+        entropy,
+        max,
+        log_sum,
+        grad_log_prob,
+        grad_entropy,
+    )
+
+
+@row_gradient_.register_fake
+def _(logits, *arguments):
+    return None

@@ -1,0 +1,53 @@
+"""How rows lie in memory, and how a kernel walks them."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """A view that the row operations read through its strides: at most three leading dimensions, adjacent vocabulary.
+
+    Only a vocabulary stride other than 1, or more leading dimensions than three that do not merge, cost a copy.
+    """
+    if logits.dim() > 4:
+        logits = logits.reshape(-1, *logits.shape[-3:])
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def span(values: Tensor, tokens: int) -> int:
+    """How many consecutive tokens share one of the values."""
+    return max(tokens // max(values.numel(), 1), 1)
+
+
+def alignment(*tensors: Tensor) -> int:
+    """16 if every row of every tensor starts at a multiple of 16 elements and 16 bytes, else 1."""
+    strides = [stride for x in tensors for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    return 16 if math.gcd(16, *strides) == 16 and all(x.data_ptr() % 16 == 0 for x in tensors) else 1
+
+
+def kernel_layout(rows: Tensor, align: int) -> tuple[int, int, int, int, int]:
+    """The `layout` that `device.row_offset` reads."""
+    missing = 4 - rows.dim()
+    _, size1, size2 = (1,) * missing + tuple(rows.shape[:-1])
+    strides = (0,) * missing + rows.stride()[:-1]
+    return (size1, size2, *(stride // align for stride in strides))
+
+
+def tile(rows: Tensor, warps: int) -> tuple[int, int]:
+    """(depth, lanes) of a tile: each thread of `warps` warps loads 16 bytes from each of `depth` lines of a row.
+
+    It depends on the dtype and V only, and so do the order of a row's sums and its result.
+    """
+    lanes = warps * 32 * 16 // rows.element_size()
+    lines = -(-rows.shape[-1] // lanes)
+    return min(8192 // lanes, 1 << (lines - 1).bit_length()), lanes
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

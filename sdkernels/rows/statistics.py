@@ -1,0 +1,130 @@
+"""`sdkernels::row_statistics`: one sweep over each row gives log P(token), the entropy, and what the gradient needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdkernels import _check
+from sdkernels.reference import rows as reference
+from sdkernels.rows import device, gradient, layout
+from sdkernels.rows.device import jit, tl
+from sdkernels.rows.implementations import runs_csrc, runs_triton
+
+WARPS = 8
+
+
+@jit(do_not_specialize=["layout", "span"])
+def _statistics_kernel(
+    logits_ptr,  # (N, V) through `layout`
+    token_ids_ptr,  # (N,)
+    mask_ptr,  # (N,) or None
+    temperatures_ptr,  # (N / span,) or None
+    log_prob_ptr,  # (N,), as the three below
+    entropy_ptr,
+    max_ptr,
+    log_sum_ptr,
+    layout,
+    vocab,
+    span,
+    temperature,
+    DEPTH: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    row = tl.program_id(0)
+    token_id = tl.load(token_ids_ptr + row).to(tl.int64)
+    log_prob = 0.0
+    entropy = 0.0
+    m = 0.0
+    log_sum = 0.0
+    if device.is_kept(row, token_id, mask_ptr):
+        row_ptr = logits_ptr + device.row_offset(row, layout, ALIGN)
+        row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
+        log_prob, entropy, m, log_sum = device.token_statistics(row_ptr, vocab, token_id, row_temperature, DEPTH, LANES)
+    tl.store(log_prob_ptr + row, log_prob)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(max_ptr + row, m)
+    tl.store(log_sum_ptr + row, log_sum)
+
+
+def _launch(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
+            outputs: tuple[Tensor, ...]) -> None:  # fmt: skip
+    depth, lanes = layout.tile(logits, WARPS)
+    align = layout.alignment(logits)
+    with layout.on_device(logits):
+        _statistics_kernel[(token_ids.numel(),)](
+            logits, token_ids, mask, temperatures, *outputs, layout.kernel_layout(logits, align), logits.shape[-1],
+            layout.span(temperatures, token_ids.numel()) if temperatures is not None else 1, temperature,
+            DEPTH=depth, LANES=lanes, ALIGN=align, num_warps=WARPS,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("sdkernels::row_statistics", mutates_args=())
+def row_statistics(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log P(token), entropy, the row's maximum m and log sum exp((z - m) / T), each (...).
+
+    ``logits`` (..., V) is what ``layout.as_rows`` returns; ``token_ids`` and ``mask`` are contiguous, of the leading
+    shape; ``temperatures``, contiguous float32, holds one value for each run of consecutive tokens. ``inplace`` is for
+    backward: it lets the gradient take the logits' memory.
+    """
+    check_values(logits, token_ids, mask, temperatures)
+    if not (runs_triton(logits) or runs_csrc(logits)):
+        return reference.row_statistics(logits, token_ids, mask, temperature, temperatures)
+    outputs = tuple(torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device) for _ in range(4))
+    if token_ids.numel() == 0:
+        return outputs
+    if runs_triton(logits):
+        _launch(logits, token_ids, mask, temperature, temperatures, outputs)
+    else:
+        keep = None if mask is None else mask.ne(0)
+        torch.ops.sdkernels_cpu.row_statistics(logits, token_ids.long(), keep, temperature, temperatures, *outputs)
+    return outputs
+
+
+@row_statistics.register_fake
+def _(logits, token_ids, mask, temperature, temperatures, inplace):
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return tuple(torch.empty(token_ids.shape, dtype=dtype, device=logits.device) for _ in range(4))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, token_ids, mask, temperature, temperatures, inplace = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(logits, token_ids, mask, temperatures, *output)
+    ctx.temperature, ctx.inplace = temperature, inplace
+
+
+def _backward(ctx, grad_log_prob, grad_entropy, *_):
+    logits, token_ids, mask, temperatures, *statistics = ctx.saved_tensors
+    grads = [
+        None if grad is None else grad.to(statistics[0].dtype).contiguous() for grad in (grad_log_prob, grad_entropy)
+    ]
+    arguments = (logits, token_ids, mask, ctx.temperature, temperatures, *statistics, *grads)
+    if ctx.inplace:
+        gradient.row_gradient_(*arguments)
+        return logits.detach(), None, None, None, None, None
+    return gradient.row_gradient(*arguments), None, None, None, None, None
+
+
+row_statistics.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_values(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperatures: Tensor | None) -> None:
+    """Refuse ids outside the vocabulary and bad temperatures at the kept tokens, where their values may be read."""
+    if not _check.values_are_checked(token_ids):
+        return
+    keep = token_ids != -100
+    if mask is not None:
+        keep = keep & (mask != 0)
+    _check.token_id_values(token_ids, keep, logits.shape[-1])
+    if temperatures is not None:
+        _check.temperature_values(temperatures, keep)

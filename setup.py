@@ -1,0 +1,42 @@
+"""Builds csrc for the CPU when torch and a compiler are there; without them the package still installs.
+
+Install with ``pip install -e . --no-build-isolation``: an isolated build would not see the torch you have.
+"""
+
+import sys
+
+from setuptools import setup
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    print("sdkernels: torch is not importable while building; the CPU kernels are left out.", file=sys.stderr)
+    options = {}
+else:
+    # Hidden symbols and the oldest supported torch: one wheel serves every torch from 2.11 and every Python from 3.11.
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+        "-g0",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
+    ]
+    sources = ["binding.cpp", "cpu/launch.cpp", "cpu/rows_avx512.cpp", "cpu/rows_avx2.cpp", "cpu/rows_plain.cpp"]
+    extension = CppExtension(
+        "sdkernels._C",
+        [f"csrc/{source}" for source in sources],
+        depends=["csrc/rows.h", "csrc/cpu/rows_abi.h", "csrc/cpu/launch.h"],
+        extra_compile_args=flags,
+        py_limited_api=True,
+        optional=True,
+    )
+    options = {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
+    }
+
+setup(**options)
