@@ -84,7 +84,7 @@ void row_statistics(Tensor logits, Tensor token_ids, std::optional<Tensor> mask,
 
 void row_gradient(Tensor logits, Tensor token_ids, std::optional<Tensor> mask, double temperature,
                   std::optional<Tensor> temperatures, Tensor log_prob, Tensor entropy, Tensor max, Tensor log_sum,
-                  std::optional<Tensor> grad_log_prob, std::optional<Tensor> grad_entropy, Tensor grad,
+                  Tensor grad_log_prob, std::optional<Tensor> grad_entropy, Tensor grad,
                   std::string instruction_set) {
   const RowView view = row_view(logits);
   const RowView target = row_view(grad);
@@ -106,7 +106,7 @@ STABLE_TORCH_LIBRARY(sdkernels_cpu, m) {
       "Tensor(a!) log_prob, Tensor(b!) entropy, Tensor(c!) max, Tensor(d!) log_sum, str instruction_set='') -> ()");
   m.def(
       "row_gradient(Tensor logits, Tensor token_ids, Tensor? mask, float temperature, Tensor? temperatures, "
-      "Tensor log_prob, Tensor entropy, Tensor max, Tensor log_sum, Tensor? grad_log_prob, Tensor? grad_entropy, "
+      "Tensor log_prob, Tensor entropy, Tensor max, Tensor log_sum, Tensor grad_log_prob, Tensor? grad_entropy, "
       "Tensor(a!) grad, str instruction_set='') -> ()");
 }
 

@@ -66,7 +66,7 @@ def token_ids(name: str, value: Any, shape: Sequence[int], like: Tensor) -> Tens
 
 
 def mask(name: str, value: Any, shape: Sequence[int], like: Tensor) -> Tensor | None:
-    """An optional mask of the leading shape, of any real dtype; kept where non-zero."""
+    """An optional mask of the leading shape, of any real dtype, as bool: kept where non-zero."""
     if value is None:
         return None
     is_tensor(name, value)
@@ -75,7 +75,7 @@ def mask(name: str, value: Any, shape: Sequence[int], like: Tensor) -> Tensor | 
     same_shape(name, value, shape)
     same_device(name, value, like)
     constant(name, value)
-    return value
+    return value if value.dtype == torch.bool else value != 0
 
 
 def floats(name: str, value: Any, like: Tensor) -> Tensor:

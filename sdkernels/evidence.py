@@ -46,7 +46,7 @@ def evidence_advantage(
     if apply_to != "all":
         keeps_own = keeps_own | ~(advantages * SIGNS[apply_to] > 0)
     if credit_mask is not None:
-        keeps_own = keeps_own | (credit_mask == 0)
+        keeps_own = keeps_own | ~credit_mask
     weighted = torch.where(keeps_own, advantages, weighted)
     return EvidenceAdvantage(*(torch.where(keep, x, 0) for x in (weighted, weight, gain)))
 
@@ -99,10 +99,11 @@ def evidence_weighted_advantage(
     _check.same_shape("teacher_log_prob", _check.floats("teacher_log_prob", teacher_log_prob, student), shape)
     cu_seqlens = _check.cu_seqlens(cu_seqlens, shape, student)
     _check.per_sequence("advantages", advantages, shape, cu_seqlens, student)
-    _check.mask("mask", mask, shape, student)
-    low, high = weighing_options(clip_range, lam, apply_to, pessimistic, credit_mask, shape, student)
+    mask = _check.mask("mask", mask, shape, student)
+    credit_mask = _check.mask("credit_mask", credit_mask, shape, student)
+    low, high = weighing_options(clip_range, lam, apply_to, pessimistic)
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher_log_prob.dtype), torch.float32)
-    keep = torch.ones_like(student, dtype=torch.bool) if mask is None else mask != 0
+    keep = torch.ones_like(student, dtype=torch.bool) if mask is None else mask
     return evidence_advantage(
         student.to(dtype),
         teacher_log_prob.detach().to(dtype),
@@ -118,18 +119,11 @@ def evidence_weighted_advantage(
 
 
 def weighing_options(
-    clip_range: float | tuple[float, float],
-    lam: float,
-    apply_to: str,
-    pessimistic: bool,
-    credit_mask: Tensor | None,
-    shape: torch.Size,
-    like: Tensor,
+    clip_range: float | tuple[float, float], lam: float, apply_to: str, pessimistic: bool
 ) -> tuple[float, float]:
     """Check the options of the evidence weight; the bounds of w that they mean."""
     _check.unit_interval("lam", lam)
     _check.one_of("apply_to", apply_to, tuple(SIGNS))
     _check.flag("pessimistic", pessimistic)
-    _check.mask("credit_mask", credit_mask, shape, like)
     below, above = _check.clip_range(clip_range)
     return 1 - below, 1 + above

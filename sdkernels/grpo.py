@@ -100,7 +100,7 @@ def policy_loss(
     )
     if token_weight is not None:
         loss = loss * token_weight
-    if options["beta"] > 0:
+    if options["beta"] > 0 and reference is not None:
         loss = loss + options["beta"] * k3_divergence(log_prob, reference)
     loss = torch.where(keep, loss, 0)
     reduced = reduce(loss, keep, options["reduction"], options["normalizer"], options["cu_seqlens"])

@@ -111,8 +111,9 @@ def rlsd_token_advantage(
     cu_seqlens = _check.cu_seqlens(cu_seqlens, shape, student_logits)
     _check.per_sequence("advantages", advantages, shape, cu_seqlens, student_logits)
     temperature = _check.temperature(temperature, shape, cu_seqlens, student_logits)
-    _check.mask("mask", mask, shape, student_logits)
-    low, high = weighing_options(clip_range, lam, apply_to, pessimistic, credit_mask, shape, student_logits)
+    mask = _check.mask("mask", mask, shape, student_logits)
+    credit_mask = _check.mask("credit_mask", credit_mask, shape, student_logits)
+    low, high = weighing_options(clip_range, lam, apply_to, pessimistic)
     student_rows = as_rows(student_logits.detach())
     leading = student_rows.shape[:-1]
     teacher = teacher.detach()
@@ -209,7 +210,8 @@ def rlsd_loss(
     shape = token_ids.shape
     _check.per_sequence("advantages", advantages, shape, cu_seqlens, student_logits)
     _check.one_of("evidence_from", evidence_from, ("current", "old"))
-    low, high = weighing_options(clip_range, lam, apply_to, pessimistic, credit_mask, shape, student_logits)
+    credit_mask = _check.mask("credit_mask", credit_mask, shape, student_logits)
+    low, high = weighing_options(clip_range, lam, apply_to, pessimistic)
     keep = kept_tokens(token_ids, mask)
     student_log_prob, student_entropy = rows_log_prob(student_logits, token_ids, temperature, keep, cu_seqlens, inplace)
     dtype = student_log_prob.dtype
@@ -219,9 +221,9 @@ def rlsd_loss(
     else:
         teacher_log_prob = torch.where(keep, teacher.to(dtype), 0)
         teacher_entropy = torch.zeros_like(teacher_log_prob)
-    from_old = evidence_from == "old" and old_log_prob is not None
+    own = old_log_prob if evidence_from == "old" and old_log_prob is not None else student_log_prob.detach()
     evidence = evidence_advantage(
-        old_log_prob.to(dtype) if from_old else student_log_prob.detach(),
+        own.to(dtype),
         teacher_log_prob,
         over_tokens(advantages.to(dtype), shape, cu_seqlens),
         keep,

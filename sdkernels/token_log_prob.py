@@ -57,7 +57,7 @@ def token_log_prob(
     shape = logits.shape[:-1]
     _check.token_ids("token_ids", token_ids, shape, logits)
     cu_seqlens = _check.cu_seqlens(cu_seqlens, shape, logits)
-    _check.mask("mask", mask, shape, logits)
+    mask = _check.mask("mask", mask, shape, logits)
     temperature = _check.temperature(temperature, shape, cu_seqlens, logits)
     return rows_log_prob(logits, token_ids, temperature, mask, cu_seqlens)
 

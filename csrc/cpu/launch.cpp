@@ -155,9 +155,8 @@ void row_gradient(const Kernels& kernels, const RowView& logits, const RowArgume
     for (int64_t i = first; i < last; ++i) {
       const int64_t row = i / splits, begin = i % splits * kSplit, count = std::min(kSplit, logits.vocab - begin);
       char* target = grad.at(row, begin);
-      const float log_prob = saved.log_prob[row];
       // A label of probability 0 has no gradient (its log-prob is the constant -inf).
-      const bool reaches_label = arguments.keeps(row) && upstream.log_prob && log_prob != -HUGE_VALF;
+      const bool reaches_label = arguments.keeps(row) && saved.log_prob[row] != -HUGE_VALF;
       const double on_log_prob = reaches_label ? upstream.log_prob[row] : 0.0;
       const double on_entropy = arguments.keeps(row) && upstream.entropy ? upstream.entropy[row] : 0.0;
       if (!arguments.keeps(row) || (on_log_prob == 0.0 && on_entropy == 0.0 && std::isfinite(saved.log_sum[row]))) {

@@ -36,8 +36,9 @@ struct RowResults {
   float *log_prob, *entropy, *max, *log_sum;
 };
 
-struct UpstreamGradients {  // null: zero
-  const float *log_prob, *entropy;
+struct UpstreamGradients {
+  const float* log_prob;
+  const float* entropy;  // null: zero
 };
 
 using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>&)>;

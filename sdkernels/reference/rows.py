@@ -47,18 +47,15 @@ def row_gradient(
     entropy: Tensor,
     max: Tensor,
     log_sum: Tensor,
-    grad_log_prob: Tensor | None,
+    grad_log_prob: Tensor,
     grad_entropy: Tensor | None,
 ) -> Tensor:
     """See ``sdkernels.rows.gradient.row_gradient``."""
     z, t = _scaled(logits, temperature, temperatures)
     log_p = (z - max.unsqueeze(-1)) / t - log_sum.unsqueeze(-1)
     p = log_p.exp()
-    grad = torch.zeros_like(z)
-    if grad_log_prob is not None:
-        onehot = torch.zeros_like(z).scatter_(-1, token_ids.long().clamp(0, z.shape[-1] - 1).unsqueeze(-1), 1)
-        coefficient = grad_log_prob.masked_fill(log_prob == -torch.inf, 0).unsqueeze(-1)
-        grad = coefficient * (onehot - p)
+    onehot = torch.zeros_like(z).scatter_(-1, token_ids.long().clamp(0, z.shape[-1] - 1).unsqueeze(-1), 1)
+    grad = grad_log_prob.masked_fill(log_prob == -torch.inf, 0).unsqueeze(-1) * (onehot - p)
     if grad_entropy is not None:
         surprise = (p * (log_p + entropy.unsqueeze(-1))).masked_fill(log_p == -torch.inf, 0)
         grad = grad - grad_entropy.unsqueeze(-1) * surprise

@@ -6,13 +6,22 @@ t = sum y 2^y, and softmax is 2^y / s. Keeping m and log s apart keeps the digit
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # only the CPU implementation is left
     triton = tl = None
 
-jit = triton.jit if triton else lambda function: function
+
+def jit(function: Callable | None = None, **options: Any) -> Any:
+    """`triton.jit`; without Triton a mark on code that nothing runs."""
+    if triton:
+        return triton.jit(function, **options)
+    return function if function else jit
+
 
 if triton:
     LOG2E = tl.constexpr(1.4426950408889634)
@@ -95,14 +104,14 @@ def token_statistics(row_ptr, vocab, token_id, temperature, DEPTH: tl.constexpr,
 
 
 @jit
-def evidence_advantage(advantage, student, teacher, credited, lam, low, high, PESSIMISTIC: tl.constexpr):
+def evidence_advantage(advantage, student, teacher, credited, lam, low, high, pessimistic):
     """RLSD Eq. 13-16 for one token: the advantage A_t, the weight w_t and the information gain Delta_t."""
     gain = teacher - student
     weight = tl.exp(tl.where(advantage > 0, gain, -gain))
     weight = tl.where(advantage == 0, 1.0, weight)
     target = advantage * tl.clamp(weight, low, high, propagate_nan=tl.PropagateNan.ALL)
-    if PESSIMISTIC:
-        target = tl.minimum(weight * advantage, target, propagate_nan=tl.PropagateNan.ALL)
+    lower = tl.minimum(weight * advantage, target, propagate_nan=tl.PropagateNan.ALL)
+    target = tl.where(pessimistic != 0, lower, target)
     mixed = advantage * (1 - lam) + lam * target
     keeps_own = (lam == 0) | (advantage == 0) | (credited == 0)
     return tl.where(keeps_own, advantage, mixed), weight, gain

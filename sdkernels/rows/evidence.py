@@ -12,7 +12,9 @@ from sdkernels.rows.implementations import runs_triton
 from sdkernels.rows.statistics import WARPS, check_values, row_statistics
 
 
-@jit(do_not_specialize=["student_layout", "teacher_layout", "temperature_span", "advantage_span", "sign"])
+@jit(
+    do_not_specialize=["student_layout", "teacher_layout", "temperature_span", "advantage_span", "sign", "pessimistic"]
+)
 def _evidence_kernel(
     student_ptr,  # (N, V) through `student_layout`
     teacher_ptr,  # (N, V) through `teacher_layout`, or (N,) log-probs where that is None
@@ -28,7 +30,7 @@ def _evidence_kernel(
     temperature,
     mixing,  # lam, low, high
     sign,  # of the advantages that the teacher weighs; 0: both
-    PESSIMISTIC: tl.constexpr,
+    pessimistic,
     STUDENT_TILE: tl.constexpr,  # (depth, lanes)
     TEACHER_TILE: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -60,7 +62,7 @@ def _evidence_kernel(
             teacher, teacher_entropy, _, _ = device.token_statistics(
                 teacher_row, vocab, token_id, t, TEACHER_TILE[0], TEACHER_TILE[1])  # fmt: skip
         weighted, weight, gain = device.evidence_advantage(
-            advantage, student, teacher, credited, lam, low, high, PESSIMISTIC
+            advantage, student, teacher, credited, lam, low, high, pessimistic
         )
     tl.store(outputs[0] + row, weighted)
     tl.store(outputs[1] + row, weight)
@@ -69,6 +71,45 @@ def _evidence_kernel(
     tl.store(outputs[4] + row, teacher)
     tl.store(outputs[5] + row, student_entropy)
     tl.store(outputs[6] + row, teacher_entropy)
+
+
+def _launch(
+    student: Tensor,
+    teacher: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None],
+    outputs: tuple[Tensor, ...],
+    temperature: float,
+    mixing: tuple[float, float, float],
+    sign: int,
+    pessimistic: bool,
+) -> None:
+    tokens, temperatures = token_ids.numel(), masks[2]
+    dense = teacher.dim() == student.dim()
+    align = layout.alignment(student, teacher) if dense else layout.alignment(student)
+    with layout.on_device(student):
+        _evidence_kernel[(tokens,)](
+            student,
+            teacher,
+            token_ids,
+            advantages,
+            masks,
+            outputs,
+            layout.kernel_layout(student, align),
+            layout.kernel_layout(teacher, align) if dense else None,
+            student.shape[-1],
+            1 if temperatures is None else layout.span(temperatures, tokens),
+            layout.span(advantages, tokens),
+            temperature,
+            mixing,
+            sign,
+            int(pessimistic),
+            STUDENT_TILE=layout.tile(student, WARPS),
+            TEACHER_TILE=layout.tile(teacher, WARPS) if dense else None,
+            ALIGN=align,
+            num_warps=WARPS,
+        )
 
 
 @torch.library.custom_op("sdkernels::rlsd_token_advantage", mutates_args=())
@@ -113,32 +154,20 @@ def rlsd_token_advantage(
         )
     check_values(student, token_ids, mask, temperatures)
     outputs = tuple(torch.empty(token_ids.shape, dtype=torch.float32, device=student.device) for _ in range(7))
-    tokens = token_ids.numel()
-    if tokens == 0:
+    if token_ids.numel() == 0:
         return outputs
-    align = layout.alignment(student, teacher) if dense else layout.alignment(student)
-    with layout.on_device(student):
-        _evidence_kernel[(tokens,)](
-            student,
-            teacher,
-            token_ids,
-            advantages,
-            (mask, credit_mask, temperatures),
-            outputs,
-            layout.kernel_layout(student, align),
-            layout.kernel_layout(teacher, align) if dense else None,
-            student.shape[-1],
-            layout.span(temperatures, tokens) if temperatures is not None else 1,
-            layout.span(advantages, tokens),
-            temperature,
-            (lam, low, high),
-            SIGNS[apply_to],
-            PESSIMISTIC=pessimistic,
-            STUDENT_TILE=layout.tile(student, WARPS),
-            TEACHER_TILE=layout.tile(teacher, WARPS) if dense else None,
-            ALIGN=align,
-            num_warps=WARPS,
-        )
+    _launch(
+        student,
+        teacher,
+        token_ids,
+        advantages,
+        (mask, credit_mask, temperatures),
+        outputs,
+        temperature,
+        (lam, low, high),
+        SIGNS[apply_to],
+        pessimistic,
+    )
     return outputs
 
 

@@ -32,7 +32,7 @@ def _gradient_kernel(
     entropy_ptr,
     max_ptr,
     log_sum_ptr,
-    grad_log_prob_ptr,  # (N,) or None: upstream
+    grad_log_prob_ptr,  # (N,): upstream
     grad_entropy_ptr,  # (N,) or None: upstream
     layout,
     grad_layout,
@@ -53,10 +53,9 @@ def _gradient_kernel(
     log_sum = 0.0
     if device.is_kept(row, token_id, mask_ptr):
         log_sum = tl.load(log_sum_ptr + row)
-        if grad_log_prob_ptr is not None:
-            # A label of probability 0 has no gradient: its log-prob is the constant -inf.
-            possible = tl.load(log_prob_ptr + row) != float("-inf")
-            on_log_prob = tl.where(possible, tl.load(grad_log_prob_ptr + row), 0.0)
+        # A label of probability 0 has no gradient: its log-prob is the constant -inf.
+        possible = tl.load(log_prob_ptr + row) != float("-inf")
+        on_log_prob = tl.where(possible, tl.load(grad_log_prob_ptr + row), 0.0)
         if grad_entropy_ptr is not None:
             on_entropy = tl.load(grad_entropy_ptr + row)
     needs_row = (on_log_prob != 0) | (on_entropy != 0) | (log_sum != log_sum)
@@ -125,7 +124,7 @@ def row_gradient(
     entropy: Tensor,
     max: Tensor,
     log_sum: Tensor,
-    grad_log_prob: Tensor | None,
+    grad_log_prob: Tensor,
     grad_entropy: Tensor | None,
 ) -> Tensor:
     """The logits' gradient, (..., V) in their dtype, of sum_t a_t log P(token_t) + b_t H_t.
@@ -168,7 +167,7 @@ def row_gradient_(
     entropy: Tensor,
     max: Tensor,
     log_sum: Tensor,
-    grad_log_prob: Tensor | None,
+    grad_log_prob: Tensor,
     grad_entropy: Tensor | None,
 ) -> None:
     """``row_gradient`` written over the logits' own memory."""

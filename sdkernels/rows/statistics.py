@@ -105,9 +105,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_log_prob, grad_entropy, *_):
     logits, token_ids, mask, temperatures, *statistics = ctx.saved_tensors
-    grads = [
-        None if grad is None else grad.to(statistics[0].dtype).contiguous() for grad in (grad_log_prob, grad_entropy)
-    ]
+    if grad_log_prob is None:
+        grad_log_prob = torch.zeros_like(statistics[0])
+    grads = [None if x is None else x.to(statistics[0].dtype).contiguous() for x in (grad_log_prob, grad_entropy)]
     arguments = (logits, token_ids, mask, ctx.temperature, temperatures, *statistics, *grads)
     if ctx.inplace:
         gradient.row_gradient_(*arguments)
