@@ -20,6 +20,7 @@ else:
         "-fvisibility=hidden",
         "-Wall",
         "-Wno-psabi",
+        "-Wno-uninitialized",
         "-Wno-maybe-uninitialized",
         "-g0",
         "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",

@@ -12,7 +12,7 @@ namespace SDK_ISA {
 constexpr int kLanes = SDK_LANES;
 constexpr int kUnroll = 4;  // independent accumulators hide the latency of the chained additions
 constexpr int kStep = kLanes * kUnroll;
-constexpr int64_t kBlock = 4096;  // read twice, the second time from L1
+constexpr int64_t kBlock = 4096;
 
 typedef float Floats __attribute__((vector_size(4 * SDK_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * SDK_LANES)));
@@ -29,7 +29,16 @@ inline V bits(U value) {
 
 inline Floats fill(float value) { return value - Floats{}; }
 
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // b where either is NaN
+// The larger of a and b; b where either is NaN.
+inline Floats larger(Floats a, Floats b) {
+#if SDK_LANES == 16
+  return _mm512_max_ps(a, b);
+#elif SDK_LANES == 8
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 inline Floats load(const float* source) {
   Floats value;
@@ -38,9 +47,16 @@ inline Floats load(const float* source) {
 }
 
 inline Floats load(const BFloat16* source) {
+#if SDK_LANES == 16
+  const Words word = bits<Words>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
+#elif SDK_LANES == 8
+  const Words word = bits<Words>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+#else
   Halves half;
   std::memcpy(&half, source, sizeof(half));
-  return bits<Floats>(__builtin_convertvector(half, Words) << 16);
+  const Words word = __builtin_convertvector(half, Words);
+#endif
+  return bits<Floats>(word << 16);
 }
 
 inline Floats load(const Float16* source) {
@@ -75,8 +91,8 @@ inline void store(Float16* target, Floats value) {
 #endif
 }
 
-// 2^y for y <= 0 within 8e-8 relative; 0 below the normal numbers; NaN stays NaN.
-inline Floats exp2(Floats y) {
+// 2^y for -126 <= y <= 0 within 8e-8 relative; NaN stays NaN.
+inline Floats exp2_normal(Floats y) {
   const Floats magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
   Floats shifted = y + magic;
   Floats f = y - (shifted - magic);
@@ -87,9 +103,10 @@ inline Floats exp2(Floats y) {
   p = p * f + 2.40226479e-1f;
   p = p * f + 6.93147203e-1f;
   p = p * f + 1.0f;
-  Floats power = bits<Floats>((bits<Ints>(shifted) - bits<Ints>(magic) + 127) << 23);
-  return (y < -126.0f) ? Floats{} : p * power;
+  return p * bits<Floats>((bits<Ints>(shifted) - (bits<Ints>(magic) - 127)) << 23);
 }
+
+constexpr float kSmallest = -126.0f;  // 2^-126 is the smallest normal number
 
 template <class T>
 struct Tail {  // the last, partial step of a row, padded with logits of -inf
@@ -109,41 +126,47 @@ template <class T>
 inline void fold_sums(const T* source, float max, float scale, Floats (&sum)[kUnroll], Floats (&weighted)[kUnroll]) {
   for (int i = 0; i < kUnroll; ++i) {
     Floats y = (load(source + i * kLanes) - max) * scale;
-    Floats e = exp2(y);
+    y = larger(fill(kSmallest), y);  // beside the maximum's 1 it adds nothing, and 0 log 0 = 0 comes free
+    Floats e = exp2_normal(y);
     sum[i] += e;
-    weighted[i] += e * ((y < kLeast) ? fill(kLeast) : y);  // 0 log 0 = 0
+    weighted[i] += e * y;
   }
 }
 
+inline float largest_lane(const Floats (&values)[kUnroll]) {  // none is NaN
+  const Floats top = larger(larger(values[0], values[1]), larger(values[2], values[3]));
+  float result = top[0];
+  for (int lane = 1; lane < kLanes; ++lane) result = top[lane] > result ? top[lane] : result;
+  return result;
+}
+
 inline float add_lanes(const Floats (&values)[kUnroll]) {
-  Floats total = (values[0] + values[1]) + (values[2] + values[3]);
+  const Floats total = (values[0] + values[1]) + (values[2] + values[3]);
   float result = 0.0f;
   for (int lane = 0; lane < kLanes; ++lane) result += total[lane];
   return result;
 }
 
+// Of at most kBlock logits, a multiple of kStep: they are read twice, the second time from L1.
+template <class T>
+Statistics block_statistics(const T* block, int64_t count, float scale) {
+  Floats maximum[kUnroll], sum[kUnroll] = {}, weighted[kUnroll] = {};
+  for (Floats& m : maximum) m = fill(kLowest);
+  for (int64_t i = 0; i < count; i += kStep) fold_maximum(block + i, maximum);
+  const float max = largest_lane(maximum);
+  for (int64_t i = 0; i < count; i += kStep) fold_sums(block + i, max, scale, sum, weighted);
+  return {max, add_lanes(sum), add_lanes(weighted)};
+}
+
 template <class T>
 Statistics statistics(const T* row, int64_t count, float scale) {
   Statistics total;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const T* block = row + begin;
-    const int64_t size = count - begin < kBlock ? count - begin : kBlock;
-    const int64_t full = size - size % kStep;
-    const Tail<T> tail(block + full, size - full);
-
-    Floats maximum[kUnroll], sum[kUnroll] = {}, weighted[kUnroll] = {};
-    for (Floats& m : maximum) m = fill(kLowest);
-    for (int64_t i = 0; i < full; i += kStep) fold_maximum(block + i, maximum);
-    if (full < size) fold_maximum(tail.values, maximum);
-    Statistics part;
-    for (const Floats& m : maximum)
-      for (int lane = 0; lane < kLanes; ++lane) part.max = m[lane] > part.max ? m[lane] : part.max;
-
-    for (int64_t i = 0; i < full; i += kStep) fold_sums(block + i, part.max, scale, sum, weighted);
-    if (full < size) fold_sums(tail.values, part.max, scale, sum, weighted);
-    part.sum = add_lanes(sum);
-    part.weighted = add_lanes(weighted);
-    total = merge(total, part, scale);
+  const int64_t full = count - count % kStep;
+  for (int64_t begin = 0; begin < full; begin += kBlock)
+    total = merge(total, block_statistics(row + begin, full - begin < kBlock ? full - begin : kBlock, scale), scale);
+  if (full < count) {
+    const Tail<T> tail(row + full, count - full);
+    total = merge(total, block_statistics(tail.values, kStep, scale), scale);
   }
   return total;
 }
@@ -153,8 +176,9 @@ inline void gradient_step(const T* source, T* target, const Coefficients& c) {
   for (int i = 0; i < kUnroll; ++i) {
     Floats y = (load(source + i * kLanes) - c.max) * c.scale - c.log2_sum;
     Floats slope = fill(c.slope);
-    if (kEntropy) slope += c.entropy_slope * ((y < kLeast) ? fill(kLeast) : y);
-    store(target + i * kLanes, exp2(y) * slope);
+    if (kEntropy) slope += c.entropy_slope * larger(fill(kLeast), y);
+    Floats p = (y < kSmallest) ? Floats{} : exp2_normal(y);
+    store(target + i * kLanes, p * slope);
   }
 }
 

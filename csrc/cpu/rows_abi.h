@@ -20,43 +20,47 @@ constexpr float kLeast = -1e30f;             // stands for -inf where 0 multipli
 
 inline float to_float(float value) { return value; }
 
-inline float to_float(BFloat16 value) {
-  const uint32_t word = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &word, sizeof(result));
-  return result;
+inline float float_of_bits(uint32_t word) {
+  float value;
+  std::memcpy(&value, &word, sizeof(value));
+  return value;
 }
 
-inline float to_float(Float16 value) {
-  const int sign = value.bits >> 15, exponent = value.bits >> 10 & 31, mantissa = value.bits & 1023;
-  float magnitude;
-  if (exponent == 31)
-    magnitude = mantissa ? NAN : HUGE_VALF;
-  else if (exponent == 0)
-    magnitude = std::ldexp(static_cast<float>(mantissa), -24);
-  else
-    magnitude = std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
-  return sign ? -magnitude : magnitude;
-}
-
-inline BFloat16 to_bfloat16(float value) {
+inline uint32_t bits_of_float(float value) {
   uint32_t word;
   std::memcpy(&word, &value, sizeof(word));
-  if (value != value) return {static_cast<uint16_t>(word >> 16 | 0x40)};
-  return {static_cast<uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16)};
+  return word;
+}
+
+inline float to_float(BFloat16 value) { return float_of_bits(static_cast<uint32_t>(value.bits) << 16); }
+
+inline float to_float(Float16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  const uint32_t rest = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+  const float finite = float_of_bits(rest) * 0x1p112f;  // the exponents' biases differ by 112; subnormals come out right
+  return float_of_bits(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : bits_of_float(finite)));
+}
+
+inline BFloat16 to_bfloat16(float value) {  // to nearest, ties to even, as are all roundings here
+  const uint32_t word = bits_of_float(value);
+  const uint32_t rounded = value != value ? word >> 16 | 0x40 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+  return {static_cast<uint16_t>(rounded)};
 }
 
 inline Float16 to_float16(float value) {
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const uint32_t sign = bits_of_float(value) >> 16 & 0x8000;
   const float magnitude = std::fabs(value);
-  if (value != value) return {static_cast<uint16_t>(sign | 0x7e00)};
-  if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
-  if (magnitude < 6.103515625e-5f)  // subnormal: a multiple of 2^-24, and 1024 of them carry into the first normal
-    return {static_cast<uint16_t>(sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 24))))};
-  int exponent;
-  const float fraction = std::frexp(magnitude, &exponent);  // in [0.5, 1)
-  const int mantissa = static_cast<int>(std::nearbyint(std::ldexp(fraction, 11)));  // 2048 carries into the exponent
-  return {static_cast<uint16_t>(sign | (((exponent + 14) << 10) + mantissa - 1024))};
+  const uint32_t word = bits_of_float(magnitude);
+  uint32_t half;
+  if (value != value)
+    half = 0x7e00;
+  else if (magnitude >= 65520.0f)
+    half = 0x7c00;
+  else if (magnitude < 0x1p-14f)  // the sum's last place is 2^-24, that of the subnormals
+    half = bits_of_float(magnitude + 0.5f) - bits_of_float(0.5f);
+  else
+    half = (word - (112u << 23) + 0xfff + (word >> 13 & 1)) >> 13;
+  return {static_cast<uint16_t>(sign | half)};
 }
 
 template <class T>

@@ -15,10 +15,11 @@ BLOCK = 4096
 
 
 @jit
-def _gradient_block(logits, offsets, token_id, m, scale, log2_sum, slope, entropy_slope, label_slope):
+def _gradient_block(logits, is_label, m, scale, log2_sum, slope, entropy_slope, label_slope):
     y = (logits.to(tl.float32) - m) * scale - log2_sum  # log2 p
-    gradient = tl.exp2(y) * (slope + entropy_slope * tl.maximum(y, device.LEAST))
-    return gradient + tl.where(offsets == token_id, label_slope, 0.0)
+    if entropy_slope is not None:
+        slope += entropy_slope * tl.maximum(y, device.LEAST)
+    return tl.exp2(y) * slope + tl.where(is_label, label_slope, 0.0)
 
 
 @jit(do_not_specialize=["layout", "grad_layout", "span"])
@@ -65,20 +66,21 @@ def _gradient_kernel(
         m = tl.load(max_ptr + row)
         scale = device.LOG2E / row_temperature
         slope = -on_log_prob / row_temperature
-        entropy_slope = 0.0
+        entropy_slope = None
         if grad_entropy_ptr is not None:
             entropy = tl.load(entropy_ptr + row)
             slope -= tl.where(on_entropy == 0, 0.0, on_entropy * entropy) / row_temperature
             entropy_slope = -on_entropy / (row_temperature * device.LOG2E)
         label_slope = on_log_prob / row_temperature
         log2_sum = log_sum * device.LOG2E
+        is_label = tl.arange(0, BLOCK) == (token_id - start).to(tl.int32)
         if start + BLOCK <= vocab:
             z = tl.load(row_ptr + offsets)
-            g = _gradient_block(z, offsets, token_id, m, scale, log2_sum, slope, entropy_slope, label_slope)
+            g = _gradient_block(z, is_label, m, scale, log2_sum, slope, entropy_slope, label_slope)
             tl.store(grad_row_ptr + offsets, g.to(grad_ptr.dtype.element_ty))
         else:
             z = tl.load(row_ptr + offsets, mask=offsets < vocab, other=0.0)
-            g = _gradient_block(z, offsets, token_id, m, scale, log2_sum, slope, entropy_slope, label_slope)
+            g = _gradient_block(z, is_label, m, scale, log2_sum, slope, entropy_slope, label_slope)
             tl.store(grad_row_ptr + offsets, g.to(grad_ptr.dtype.element_ty), mask=offsets < vocab)
     else:
         tl.store(grad_row_ptr + offsets, tl.zeros((BLOCK,), grad_ptr.dtype.element_ty), mask=offsets < vocab)
