@@ -38,7 +38,7 @@ def clipped_surrogate(
         old_log_prob = log_prob.detach()
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.detach().exp()
-    bound = torch.where(advantages > 0, 1 + epsilon_high, 1 - epsilon_low)
+    bound = torch.full_like(ratio, 1 - epsilon_low).masked_fill(advantages > 0, 1 + epsilon_high)
     binds = ((advantages > 0) & (ratio > bound)) | ((advantages < 0) & (ratio < bound))
     if dual_clip is not None:
         binds_above = (advantages < 0) & (ratio > dual_clip)

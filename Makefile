@@ -1,0 +1,42 @@
+# The verbs of this project. `bench` and `test` set up .venv when it is missing and reuse it afterwards.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+OUT ?= benchmarks/results
+
+.PHONY: bench test check aot gpu clean
+
+bench: $(VENV)/ready
+	$(RUN) benchmarks/bench_rlsd_loss.py $(ARGS)
+
+test: $(VENV)/ready
+	$(RUN) -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(ARGS)
+
+check: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+aot: $(VENV)/ready
+	$(RUN) tests/aot.py $(ARGS)
+
+# On a machine with a GPU, with its own torch and Triton and no network: tests, then the benchmark, results into OUT.
+gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	SDKERNELS_REQUIRE_CUDA=1 $(PYTHON) -m pytest -q $(ARGS)
+	$(PYTHON) benchmarks/bench_rlsd_loss.py --device cuda --json $(OUT)/rlsd_loss.json --plot $(OUT)/rlsd_loss.png
+
+clean:
+	rm -rf $(VENV) build *.egg-info sdkernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and exactly, so that nothing else brings a CUDA build; Triton and Liger without their own wish for one.
+$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q torch==2.13.0
+	$(RUN) -m pip install -q "setuptools>=77"
+	$(RUN) -m pip install -q --no-build-isolation -e ".[dev]"
+	$(RUN) -m pip install -q --no-deps triton==3.7.1 liger-kernel==0.8.5
+	ls sdkernels/_C*.so
+	touch $@
