@@ -24,8 +24,9 @@ aot: $(VENV)/ready
 # On a machine with a GPU, with its own torch and Triton and no network: tests, then the benchmark, results into OUT.
 gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
-	SDKERNELS_REQUIRE_CUDA=1 $(PYTHON) -m pytest -q $(ARGS)
-	$(PYTHON) benchmarks/bench_rlsd_loss.py --device cuda --json $(OUT)/rlsd_loss.json --plot $(OUT)/rlsd_loss.png
+	$(PYTHON) -c "import torch; torch.cuda.get_device_name()"
+	$(PYTHON) -m pytest -q $(ARGS)
+	PYTHONPATH=. $(PYTHON) benchmarks/bench_rlsd_loss.py --device cuda --json $(OUT)/rlsd_loss.json --plot $(OUT)/rlsd_loss.png
 
 clean:
 	rm -rf $(VENV) build *.egg-info sdkernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,19 +21,26 @@ class EvidenceAdvantage(NamedTuple):
     information_gain: Tensor
 
 
+class Weighing(NamedTuple):
+    """How the weight w enters the advantage: lam, w's bounds, the advantages it applies to, and Eq. 16 or not."""
+
+    lam: float
+    low: float
+    high: float
+    apply_to: str
+    pessimistic: bool
+
+
 def evidence_advantage(
     student_log_prob: Tensor,  # (...), as all tensors here
     teacher_log_prob: Tensor,
     advantages: Tensor,
     keep: Tensor,
     credit_mask: Tensor | None,
-    lam: float,
-    low: float,
-    high: float,
-    apply_to: str,
-    pessimistic: bool,
+    weighing: Weighing,
 ) -> EvidenceAdvantage:
     """Eq. 13-16 as token math; the Triton kernel's twin is ``rows.device.evidence_advantage``."""
+    lam, low, high, apply_to, pessimistic = weighing
     gain = teacher_log_prob - student_log_prob
     weight = torch.where(advantages > 0, gain, -gain).exp().masked_fill(advantages == 0, 1.0)
     target = advantages * weight.clamp(low, high)
@@ -101,29 +108,21 @@ def evidence_weighted_advantage(
     _check.per_sequence("advantages", advantages, shape, cu_seqlens, student)
     mask = _check.mask("mask", mask, shape, student)
     credit_mask = _check.mask("credit_mask", credit_mask, shape, student)
-    low, high = weighing_options(clip_range, lam, apply_to, pessimistic)
+    weighing = checked_weighing(clip_range, lam, apply_to, pessimistic)
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher_log_prob.dtype), torch.float32)
     keep = torch.ones_like(student, dtype=torch.bool) if mask is None else mask
-    return evidence_advantage(
-        student.to(dtype),
-        teacher_log_prob.detach().to(dtype),
-        over_tokens(advantages.detach().to(dtype), shape, cu_seqlens),
-        keep,
-        credit_mask,
-        float(lam),
-        low,
-        high,
-        apply_to,
-        pessimistic,
-    )
+    tokens = over_tokens(advantages.detach().to(dtype), shape, cu_seqlens)
+    teacher = teacher_log_prob.detach().to(dtype)
+    return evidence_advantage(student.to(dtype), teacher, tokens, keep, credit_mask, weighing)
 
 
-def weighing_options(
-    clip_range: float | tuple[float, float], lam: float, apply_to: str, pessimistic: bool
-) -> tuple[float, float]:
-    """Check the options of the evidence weight; the bounds of w that they mean."""
-    _check.unit_interval("lam", lam)
-    _check.one_of("apply_to", apply_to, tuple(SIGNS))
-    _check.flag("pessimistic", pessimistic)
+def checked_weighing(clip_range: float | tuple[float, float], lam: float, apply_to: str, pessimistic: bool) -> Weighing:
+    """Check the options of the evidence weight."""
     below, above = _check.clip_range(clip_range)
-    return 1 - below, 1 + above
+    return Weighing(
+        _check.unit_interval("lam", lam),
+        1 - below,
+        1 + above,
+        _check.one_of("apply_to", apply_to, tuple(SIGNS)),
+        _check.flag("pessimistic", pessimistic),
+    )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sdkernels import _check
 from sdkernels.reductions import over_tokens, reduce
+from sdkernels.rows.layout import kept_tokens
 from sdkernels.token_log_prob import rows_log_prob
 
 
@@ -105,12 +106,6 @@ def policy_loss(
     loss = torch.where(keep, loss, 0)
     reduced = reduce(loss, keep, options["reduction"], options["normalizer"], options["cu_seqlens"])
     return reduced, torch.where(keep, ratio, 0)
-
-
-def kept_tokens(token_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Tokens that count: id not -100, mask not 0."""
-    keep = token_ids != -100
-    return keep if mask is None else keep & (mask != 0)
 
 
 def grpo_loss(

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from sdkernels import _check
-from sdkernels.evidence import evidence_advantage, weighing_options
-from sdkernels.grpo import check_policy_options, kept_tokens, policy_loss
+from sdkernels.evidence import checked_weighing, evidence_advantage
+from sdkernels.grpo import check_policy_options, policy_loss
 from sdkernels.reductions import over_tokens
 from sdkernels.rows import evidence as rows_evidence
-from sdkernels.rows.layout import as_rows
+from sdkernels.rows.layout import as_rows, kept_tokens
 from sdkernels.token_log_prob import kernel_temperature, kernel_values, rows_log_prob
 
 
@@ -113,7 +113,7 @@ def rlsd_token_advantage(
     temperature = _check.temperature(temperature, shape, cu_seqlens, student_logits)
     mask = _check.mask("mask", mask, shape, student_logits)
     credit_mask = _check.mask("credit_mask", credit_mask, shape, student_logits)
-    low, high = weighing_options(clip_range, lam, apply_to, pessimistic)
+    weighing = checked_weighing(clip_range, lam, apply_to, pessimistic)
     student_rows = as_rows(student_logits.detach())
     leading = student_rows.shape[:-1]
     teacher = teacher.detach()
@@ -128,11 +128,7 @@ def rlsd_token_advantage(
         None if credit_mask is None else credit_mask.reshape(leading).contiguous(),
         number,
         temperatures,
-        float(lam),
-        low,
-        high,
-        apply_to,
-        pessimistic,
+        *weighing,
     )
     return RLSDAdvantage(*(x.reshape(shape) for x in results))
 
@@ -211,7 +207,7 @@ def rlsd_loss(
     _check.per_sequence("advantages", advantages, shape, cu_seqlens, student_logits)
     _check.one_of("evidence_from", evidence_from, ("current", "old"))
     credit_mask = _check.mask("credit_mask", credit_mask, shape, student_logits)
-    low, high = weighing_options(clip_range, lam, apply_to, pessimistic)
+    weighing = checked_weighing(clip_range, lam, apply_to, pessimistic)
     keep = kept_tokens(token_ids, mask)
     student_log_prob, student_entropy = rows_log_prob(student_logits, token_ids, temperature, keep, cu_seqlens, inplace)
     dtype = student_log_prob.dtype
@@ -222,18 +218,8 @@ def rlsd_loss(
         teacher_log_prob = torch.where(keep, teacher.to(dtype), 0)
         teacher_entropy = torch.zeros_like(teacher_log_prob)
     own = old_log_prob if evidence_from == "old" and old_log_prob is not None else student_log_prob.detach()
-    evidence = evidence_advantage(
-        own.to(dtype),
-        teacher_log_prob,
-        over_tokens(advantages.to(dtype), shape, cu_seqlens),
-        keep,
-        credit_mask,
-        float(lam),
-        low,
-        high,
-        apply_to,
-        pessimistic,
-    )
+    tokens = over_tokens(advantages.to(dtype), shape, cu_seqlens)
+    evidence = evidence_advantage(own.to(dtype), teacher_log_prob, tokens, keep, credit_mask, weighing)
     loss, ratio = policy_loss(student_log_prob, evidence.advantage, old_log_prob, keep, options)
     return RLSDOutput(loss, *evidence, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy, ratio)
 

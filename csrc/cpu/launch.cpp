@@ -70,8 +70,10 @@ void finish_row(const RowView& logits, const RowArguments& arguments, int64_t ro
                 const RowResults& results) {
   const int64_t token_id = arguments.token_ids[row];
   const double log_sum = std::log(static_cast<double>(total.sum));
-  const float invalid = in_vocabulary(token_id, logits.vocab) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  const float label = invalid == 0.0f ? element(logits, row, token_id) : invalid;
+  // The maximum alone adds 1 to the sum, unless every logit is -inf or one is NaN.
+  const bool valid = in_vocabulary(token_id, logits.vocab) && total.sum >= 0.5f;
+  const float invalid = valid ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  const float label = valid ? element(logits, row, token_id) : invalid;
   const double centred = (static_cast<double>(label) - total.max) / arguments.temperature_of(row);
   results.log_prob[row] = static_cast<float>(centred - log_sum);
   results.entropy[row] = static_cast<float>(log_sum - total.weighted / (kLog2E * total.sum)) + invalid;

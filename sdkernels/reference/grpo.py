@@ -8,6 +8,7 @@ from torch import Tensor
 from sdkernels.grpo import GRPOOutput
 from sdkernels.reductions import over_tokens, reduce
 from sdkernels.reference.token_log_prob import token_log_prob
+from sdkernels.rows.layout import kept_tokens
 
 
 def grpo_loss(
@@ -31,7 +32,7 @@ def grpo_loss(
 ) -> GRPOOutput:
     """See `sdkernels.grpo_loss`; `inplace` has no meaning here."""
     log_prob, entropy = token_log_prob(logits, token_ids, temperature, mask=mask, cu_seqlens=cu_seqlens)
-    keep = token_ids != -100 if mask is None else (token_ids != -100) & (mask != 0)
+    keep = kept_tokens(token_ids, mask)
     advantage = over_tokens(advantages.to(log_prob.dtype), token_ids.shape, cu_seqlens)
     ratio = (log_prob - (log_prob.detach() if old_log_prob is None else old_log_prob)).exp()
     loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage)

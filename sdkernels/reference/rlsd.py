@@ -12,6 +12,7 @@ from sdkernels.reductions import over_tokens
 from sdkernels.reference.grpo import grpo_loss
 from sdkernels.reference.token_log_prob import token_log_prob
 from sdkernels.rlsd import RLSDAdvantage, RLSDOutput
+from sdkernels.rows.layout import kept_tokens
 
 
 def evidence_weighted_advantage(
@@ -54,7 +55,7 @@ def rlsd_token_advantage(
     **weighing: Any,
 ) -> RLSDAdvantage:
     """See `sdkernels.rlsd_token_advantage`; `weighing` are the options of `evidence_weighted_advantage`."""
-    keep = token_ids != -100 if mask is None else (token_ids != -100) & (mask != 0)
+    keep = kept_tokens(token_ids, mask)
     options = {"mask": keep, "cu_seqlens": cu_seqlens}
     student, student_entropy = token_log_prob(student_logits.detach(), token_ids, temperature, **options)
     if teacher.dim() == student_logits.dim():
@@ -84,7 +85,7 @@ def rlsd_loss(
     **surrogate: Any,
 ) -> RLSDOutput:
     """See `sdkernels.rlsd_loss`; `surrogate` are the remaining options of `grpo_loss`."""
-    keep = token_ids != -100 if mask is None else (token_ids != -100) & (mask != 0)
+    keep = kept_tokens(token_ids, mask)
     rows = {"temperature": temperature, "mask": keep, "cu_seqlens": cu_seqlens}
     weighing = {"clip_range": clip_range, "lam": lam, "apply_to": apply_to, "pessimistic": pessimistic,
                 "credit_mask": credit_mask}  # fmt: skip

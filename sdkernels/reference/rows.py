@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdkernels.rows.layout import kept_tokens
+
 
 def _scaled(logits: Tensor, temperature: float, temperatures: Tensor | None) -> tuple[Tensor, Tensor | float]:
     """Logits in the arithmetic's dtype, and the temperature as a column."""
@@ -15,17 +17,12 @@ def _scaled(logits: Tensor, temperature: float, temperatures: Tensor | None) -> 
     return z, column.reshape(z.shape[:-1]).unsqueeze(-1)
 
 
-def _kept(token_ids: Tensor, mask: Tensor | None) -> Tensor:
-    keep = token_ids != -100
-    return keep if mask is None else keep & (mask != 0)
-
-
 def row_statistics(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``sdkernels.rows.statistics.row_statistics``."""
     z, t = _scaled(logits, temperature, temperatures)
-    keep, valid = _kept(token_ids, mask), (token_ids >= 0) & (token_ids < z.shape[-1])
+    keep, valid = kept_tokens(token_ids, mask), (token_ids >= 0) & (token_ids < z.shape[-1])
     m = z.amax(-1, keepdim=True)
     y = (z - m) / t
     log_sum = y.exp().sum(-1, keepdim=True).log()
@@ -59,4 +56,4 @@ def row_gradient(
     if grad_entropy is not None:
         surprise = (p * (log_p + entropy.unsqueeze(-1))).masked_fill(log_p == -torch.inf, 0)
         grad = grad - grad_entropy.unsqueeze(-1) * surprise
-    return torch.where(_kept(token_ids, mask).unsqueeze(-1), grad / t, 0).to(logits.dtype)
+    return torch.where(kept_tokens(token_ids, mask).unsqueeze(-1), grad / t, 0).to(logits.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sdkernels.reductions import over_tokens
+from sdkernels.rows.layout import kept_tokens
 from sdkernels.token_log_prob import TokenLogProb
 
 
@@ -18,7 +19,7 @@ def token_log_prob(
     cu_seqlens: Tensor | None = None,
 ) -> TokenLogProb:
     """See `sdkernels.token_log_prob`."""
-    keep = token_ids != -100 if mask is None else (token_ids != -100) & (mask != 0)
+    keep = kept_tokens(token_ids, mask)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     z = torch.where(keep.unsqueeze(-1), z, 0)
     if isinstance(temperature, Tensor):

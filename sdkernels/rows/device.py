@@ -53,7 +53,7 @@ def is_kept(row, token_id, mask_ptr):
 def row_temperature(row, temperature, temperatures_ptr, span):
     """The temperature of a row: a number for all, or one for each `span` consecutive rows."""
     if temperatures_ptr is not None:
-        temperature = tl.load(temperatures_ptr + row // span)
+        temperature = tl.load(temperatures_ptr + row // span).to(tl.float32)
     return temperature
 
 
@@ -92,12 +92,12 @@ def sweep(row_ptr, vocab, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
 
 @jit
 def token_statistics(row_ptr, vocab, token_id, temperature, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """log P(token), entropy, m and log s of a row; NaN where the id is outside the vocabulary."""
+    """log P(token), entropy, m and log s of a row; NaN where the id is outside the vocabulary or all logits are -inf."""
     m, s, t = sweep(row_ptr, vocab, LOG2E / temperature, DEPTH, LANES)
     log_sum = tl.log(s)
     valid = (token_id >= 0) & (token_id < vocab)
     label = tl.load(row_ptr + token_id, mask=valid, other=float("nan")).to(tl.float32)
-    invalid = tl.where(valid, 0.0, float("nan"))
+    invalid = tl.where(valid & (s > 0), 0.0, float("nan"))  # s is 0 where every logit is -inf
     log_prob = (label - m) / temperature - log_sum
     entropy = log_sum - t / (s * LOG2E) + invalid
     return log_prob, entropy, m, log_sum + invalid

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdkernels.evidence import SIGNS, evidence_advantage
+from sdkernels.evidence import SIGNS, Weighing, evidence_advantage
 from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_triton
@@ -136,71 +136,32 @@ def rlsd_token_advantage(
     """
     dense = teacher.dim() == student.dim()
     if not (runs_triton(student) and not (dense and teacher.dtype == torch.float64)):
+        weighing = Weighing(lam, low, high, apply_to, pessimistic)
         return _composed(
-            student,
-            teacher if dense else None,
-            teacher,
-            token_ids,
-            advantages,
-            mask,
-            credit_mask,
-            temperature,
-            temperatures,
-            lam,
-            low,
-            high,
-            apply_to,
-            pessimistic,
+            student, teacher, token_ids, advantages, mask, credit_mask, temperature, temperatures, weighing
         )
     check_values(student, token_ids, mask, temperatures)
     outputs = tuple(torch.empty(token_ids.shape, dtype=torch.float32, device=student.device) for _ in range(7))
     if token_ids.numel() == 0:
         return outputs
-    _launch(
-        student,
-        teacher,
-        token_ids,
-        advantages,
-        (mask, credit_mask, temperatures),
-        outputs,
-        temperature,
-        (lam, low, high),
-        SIGNS[apply_to],
-        pessimistic,
-    )
+    masks = (mask, credit_mask, temperatures)
+    mixing = (lam, low, high)
+    _launch(student, teacher, token_ids, advantages, masks, outputs, temperature, mixing, SIGNS[apply_to], pessimistic)
     return outputs
 
 
-def _composed(
-    student,
-    teacher_logits,
-    teacher,
-    token_ids,
-    advantages,
-    mask,
-    credit_mask,
-    temperature,
-    temperatures,
-    lam,
-    low,
-    high,
-    apply_to,
-    pessimistic,
-):
-    keep = token_ids != -100 if mask is None else (token_ids != -100) & (mask != 0)
-    student_log_prob, student_entropy, _, _ = row_statistics(student, token_ids, mask, temperature, temperatures, False)
-    if teacher_logits is None:
-        teacher_log_prob, teacher_entropy = torch.where(keep, teacher, 0), torch.zeros_like(student_entropy)
+def _composed(student, teacher, token_ids, advantages, mask, credit_mask, temperature, temperatures, weighing):
+    keep = layout.kept_tokens(token_ids, mask)
+    options = (token_ids, mask, temperature, temperatures, False)
+    student_log_prob, student_entropy, _, _ = row_statistics(student, *options)
+    if teacher.dim() == student.dim():
+        teacher_log_prob, teacher_entropy, _, _ = row_statistics(teacher, *options)
     else:
-        teacher_log_prob, teacher_entropy, _, _ = row_statistics(
-            teacher_logits, token_ids, mask, temperature, temperatures, False
-        )
+        teacher_log_prob, teacher_entropy = torch.where(keep, teacher, 0), torch.zeros_like(student_entropy)
     tokens = advantages.reshape(-1, 1).expand(-1, layout.span(advantages, keep.numel())).reshape(keep.shape)
-    weighted = evidence_advantage(
-        student_log_prob, teacher_log_prob, tokens, keep, credit_mask, lam, low, high, apply_to, pessimistic
-    )
+    evidence = evidence_advantage(student_log_prob, teacher_log_prob, tokens, keep, credit_mask, weighing)
     dtype = torch.promote_types(student_log_prob.dtype, teacher_log_prob.dtype)
-    results = (*weighted, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy)
+    results = (*evidence, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy)
     return tuple(x.to(dtype, copy=True) for x in results)
 
 

@@ -107,9 +107,9 @@ def _fill(logits: Tensor, grad: Tensor, token_ids: Tensor, mask: Tensor | None, 
     if runs_triton(logits):
         _launch(logits, grad, token_ids, mask, temperature, temperatures, per_token)
     elif runs_csrc(logits):
-        keep = None if mask is None else mask.ne(0)
+        temperatures = None if temperatures is None else temperatures.float()
         torch.ops.sdkernels_cpu.row_gradient(
-            logits, token_ids.long(), keep, temperature, temperatures, *per_token, grad
+            logits, token_ids.long(), mask, temperature, temperatures, *per_token, grad
         )
     else:
         grad.copy_(reference.row_gradient(logits, token_ids, mask, temperature, temperatures, *per_token))

@@ -19,6 +19,12 @@ def as_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
+def kept_tokens(token_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens that count: id not -100, mask not 0."""
+    keep = token_ids != -100
+    return keep if mask is None else keep & (mask != 0)
+
+
 def span(values: Tensor, tokens: int) -> int:
     """How many consecutive tokens share one of the values."""
     return max(tokens // max(values.numel(), 1), 1)

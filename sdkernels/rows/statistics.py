@@ -71,8 +71,8 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log P(token), entropy, the row's maximum m and log sum exp((z - m) / T), each (...).
 
-    ``logits`` (..., V) is what ``layout.as_rows`` returns; ``token_ids`` and ``mask`` are contiguous, of the leading
-    shape; ``temperatures``, contiguous float32, holds one value for each run of consecutive tokens. ``inplace`` is for
+    ``logits`` (..., V) is what ``layout.as_rows`` returns; ``token_ids`` and the bool ``mask`` are contiguous, of the
+    leading shape; ``temperatures``, contiguous, holds one value for each run of consecutive tokens. ``inplace`` is for
     backward: it lets the gradient take the logits' memory.
     """
     check_values(logits, token_ids, mask, temperatures)
@@ -84,8 +84,8 @@ def row_statistics(
     if runs_triton(logits):
         _launch(logits, token_ids, mask, temperature, temperatures, outputs)
     else:
-        keep = None if mask is None else mask.ne(0)
-        torch.ops.sdkernels_cpu.row_statistics(logits, token_ids.long(), keep, temperature, temperatures, *outputs)
+        temperatures = None if temperatures is None else temperatures.float()
+        torch.ops.sdkernels_cpu.row_statistics(logits, token_ids.long(), mask, temperature, temperatures, *outputs)
     return outputs
 
 
@@ -122,9 +122,7 @@ def check_values(logits: Tensor, token_ids: Tensor, mask: Tensor | None, tempera
     """Refuse ids outside the vocabulary and bad temperatures at the kept tokens, where their values may be read."""
     if not _check.values_are_checked(token_ids):
         return
-    keep = token_ids != -100
-    if mask is not None:
-        keep = keep & (mask != 0)
+    keep = layout.kept_tokens(token_ids, mask)
     _check.token_id_values(token_ids, keep, logits.shape[-1])
     if temperatures is not None:
         _check.temperature_values(temperatures, keep)
