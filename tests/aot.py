@@ -192,7 +192,7 @@ def faults(case: Case, report: Report, warp: int) -> list[str]:
     if case.rows == "odd":
         return found
     if case.op == "gradient":
-        needed = gradient.BLOCK * case.dtype.itemsize // (16 * warp * gradient.WARPS)
+        needed = gradient.BLOCK_BYTES // (16 * warp * gradient.WARPS)
         if min(report.loads[16], report.stores[16]) < needed:
             found.append(f"{report.loads[16]} loads and {report.stores[16]} stores of 16 bytes, {needed} needed")
     elif set(report.loop_loads) != {16}:

@@ -11,7 +11,7 @@ from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_csrc, runs_triton
 
 WARPS = 4
-BLOCK = 4096
+BLOCK_BYTES = 8192  # of a row per program: 64 bytes a thread
 
 
 @jit
@@ -47,55 +47,56 @@ def _gradient_kernel(
     row = tl.program_id(0) // blocks
     start = tl.program_id(0) % blocks * BLOCK
     offsets = start + tl.arange(0, BLOCK)
-    token_id = tl.load(token_ids_ptr + row).to(tl.int64)
+    row_ptr = logits_ptr + device.row_offset(row, layout, ALIGN)
     grad_row_ptr = grad_ptr + device.row_offset(row, grad_layout, ALIGN)
+    token_id = tl.load(token_ids_ptr + row).to(tl.int64)
+    is_label = tl.arange(0, BLOCK) == (token_id - start).to(tl.int32)
+    log_sum = tl.load(log_sum_ptr + row)
     on_log_prob = 0.0
     on_entropy = 0.0
-    log_sum = 0.0
     if device.is_kept(row, token_id, mask_ptr):
-        log_sum = tl.load(log_sum_ptr + row)
         # A label of probability 0 has no gradient: its log-prob is the constant -inf.
         possible = tl.load(log_prob_ptr + row) != float("-inf")
         on_log_prob = tl.where(possible, tl.load(grad_log_prob_ptr + row), 0.0)
         if grad_entropy_ptr is not None:
             on_entropy = tl.load(grad_entropy_ptr + row)
     needs_row = (on_log_prob != 0) | (on_entropy != 0) | (log_sum != log_sum)
-    if needs_row:
-        row_ptr = logits_ptr + device.row_offset(row, layout, ALIGN)
-        row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
-        m = tl.load(max_ptr + row)
-        scale = device.LOG2E / row_temperature
-        slope = -on_log_prob / row_temperature
-        entropy_slope = None
-        if grad_entropy_ptr is not None:
-            entropy = tl.load(entropy_ptr + row)
-            slope -= tl.where(on_entropy == 0, 0.0, on_entropy * entropy) / row_temperature
-            entropy_slope = -on_entropy / (row_temperature * device.LOG2E)
-        label_slope = on_log_prob / row_temperature
-        log2_sum = log_sum * device.LOG2E
-        is_label = tl.arange(0, BLOCK) == (token_id - start).to(tl.int32)
-        if start + BLOCK <= vocab:
+    inverse = 1.0 / device.row_temperature(row, temperature, temperatures_ptr, span)
+    slope = -on_log_prob * inverse
+    entropy_slope = None
+    if grad_entropy_ptr is not None:
+        entropy = tl.load(entropy_ptr + row)
+        slope -= tl.where(on_entropy == 0, 0.0, on_entropy * entropy) * inverse
+        entropy_slope = -on_entropy * inverse / device.LOG2E
+    label_slope = on_log_prob * inverse
+    m = tl.load(max_ptr + row)
+    scale = device.LOG2E * inverse
+    log2_sum = log_sum * device.LOG2E
+    g = tl.zeros((BLOCK,), tl.float32)
+    if start + BLOCK <= vocab:
+        if needs_row:
             z = tl.load(row_ptr + offsets)
             g = _gradient_block(z, is_label, m, scale, log2_sum, slope, entropy_slope, label_slope)
-            tl.store(grad_row_ptr + offsets, g.to(grad_ptr.dtype.element_ty))
-        else:
-            z = tl.load(row_ptr + offsets, mask=offsets < vocab, other=0.0)
-            g = _gradient_block(z, is_label, m, scale, log2_sum, slope, entropy_slope, label_slope)
-            tl.store(grad_row_ptr + offsets, g.to(grad_ptr.dtype.element_ty), mask=offsets < vocab)
+        tl.store(grad_row_ptr + offsets, g.to(grad_ptr.dtype.element_ty))
     else:
-        tl.store(grad_row_ptr + offsets, tl.zeros((BLOCK,), grad_ptr.dtype.element_ty), mask=offsets < vocab)
+        rest = offsets < vocab
+        if needs_row:
+            z = tl.load(row_ptr + offsets, mask=rest, other=0.0)
+            g = _gradient_block(z, is_label, m, scale, log2_sum, slope, entropy_slope, label_slope)
+        tl.store(grad_row_ptr + offsets, g.to(grad_ptr.dtype.element_ty), mask=rest)
 
 
 def _launch(logits: Tensor, grad: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float,
             temperatures: Tensor | None, per_token: tuple[Tensor | None, ...]) -> None:  # fmt: skip
     vocab = logits.shape[-1]
+    block = BLOCK_BYTES // logits.element_size()
     align = layout.alignment(logits, grad)
     with layout.on_device(logits):
-        _gradient_kernel[(token_ids.numel() * -(-vocab // BLOCK),)](
+        _gradient_kernel[(token_ids.numel() * -(-vocab // block),)](
             logits, grad, token_ids, mask, temperatures, *per_token,
             layout.kernel_layout(logits, align), layout.kernel_layout(grad, align), vocab,
             layout.span(temperatures, token_ids.numel()) if temperatures is not None else 1, temperature,
-            BLOCK=BLOCK, ALIGN=align, num_warps=WARPS,
+            BLOCK=block, ALIGN=align, num_warps=WARPS,
         )  # fmt: skip
 
 
