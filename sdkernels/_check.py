@@ -125,11 +125,10 @@ def temperature(value: Any, shape: Sequence[int], cu_seqlens: Tensor | None, lik
 
 
 def temperature_values(temperatures: Tensor, keep: Tensor) -> None:
-    """The values of a temperature tensor, at the kept tokens."""
-    each = temperatures.reshape(-1, 1).expand(-1, keep.numel() // max(temperatures.numel(), 1)).reshape(-1)
-    bad = keep.reshape(-1) & ~((each > 0) & each.isfinite())
+    """The values of a temperature tensor (...), at the kept tokens."""
+    bad = keep & ~((temperatures > 0) & temperatures.isfinite())
     if bad.any():
-        raise ValueError(f"temperature must be finite and > 0, got {each[bad][0].item()} for an unmasked token")
+        raise ValueError(f"temperature must be finite and > 0, got {temperatures[bad][0].item()} for an unmasked token")
 
 
 def token_id_values(ids: Tensor, keep: Tensor, vocab: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdkernels.rows.layout import kept_tokens
+from sdkernels.rows.layout import at_tokens, kept_tokens
 
 
 def _scaled(logits: Tensor, temperature: float, temperatures: Tensor | None) -> tuple[Tensor, Tensor | float]:
@@ -13,8 +13,7 @@ def _scaled(logits: Tensor, temperature: float, temperatures: Tensor | None) -> 
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperatures is None:
         return z, temperature
-    column = temperatures.to(z.dtype).reshape(-1, 1).expand(-1, z[..., 0].numel() // max(temperatures.numel(), 1))
-    return z, column.reshape(z.shape[:-1]).unsqueeze(-1)
+    return z, at_tokens(temperatures.to(z.dtype), z.shape[:-1]).unsqueeze(-1)
 
 
 def row_statistics(

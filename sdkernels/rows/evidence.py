@@ -158,7 +158,7 @@ def _composed(student, teacher, token_ids, advantages, mask, credit_mask, temper
         teacher_log_prob, teacher_entropy, _, _ = row_statistics(teacher, *options)
     else:
         teacher_log_prob, teacher_entropy = torch.where(keep, teacher, 0), torch.zeros_like(student_entropy)
-    tokens = advantages.reshape(-1, 1).expand(-1, layout.span(advantages, keep.numel())).reshape(keep.shape)
+    tokens = layout.at_tokens(advantages, keep.shape)
     evidence = evidence_advantage(student_log_prob, teacher_log_prob, tokens, keep, credit_mask, weighing)
     dtype = torch.promote_types(student_log_prob.dtype, teacher_log_prob.dtype)
     results = (*evidence, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy)

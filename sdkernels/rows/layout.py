@@ -30,6 +30,12 @@ def span(values: Tensor, tokens: int) -> int:
     return max(tokens // max(values.numel(), 1), 1)
 
 
+def at_tokens(values: Tensor, shape: torch.Size) -> Tensor:
+    """Values of runs of consecutive tokens, at each token."""
+    tokens = shape.numel()
+    return values.reshape(-1, 1).expand(-1, span(values, tokens)).reshape(-1)[:tokens].reshape(shape)
+
+
 def alignment(*tensors: Tensor) -> int:
     """16 if every row of every tensor starts at a multiple of 16 elements and 16 bytes, else 1."""
     strides = [stride for x in tensors for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
