@@ -1,0 +1,60 @@
+"""The two shapes that a benchmarked run takes: a function without gradient, and a loss with its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.runner import Prepared
+
+Results = dict[str, Tensor]
+
+
+class Forward(Prepared):
+    """A function of nothing, run without gradient."""
+
+    def __init__(self, function: Callable[[], Results]) -> None:
+        self.function = function
+
+    def reset(self) -> None:
+        """Free the last results."""
+        self.output = None
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Forward."""
+        self.output = self.function()
+
+    def result(self) -> Results:
+        """What the function gave."""
+        return self.output
+
+
+class ForwardBackward(Prepared):
+    """A loss of a leaf, with the leaf's gradient; with `scratch` the leaf is a copy there, to be written over."""
+
+    def __init__(
+        self,
+        leaf: Tensor,
+        loss: Callable[[Tensor], Results],
+        scratch: Tensor | None = None,
+        gradient: Callable[[Tensor], Results] = lambda gradient: {"gradient": gradient},
+    ) -> None:
+        self.source, self.loss, self.scratch, self.gradient = leaf.detach(), loss, scratch, gradient
+
+    def reset(self) -> None:
+        """A new leaf without gradient, over the same logits."""
+        self.output = self.leaf = None
+        source = self.source if self.scratch is None else self.scratch.copy_(self.source)
+        self.leaf = source.detach().requires_grad_()
+
+    def run(self) -> None:
+        """Forward and backward."""
+        self.output = self.loss(self.leaf)
+        self.output["loss"].backward()
+
+    def result(self) -> Results:
+        """What the loss gave, and the gradient."""
+        return {**self.output, **self.gradient(self.leaf.grad)}
