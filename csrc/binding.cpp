@@ -45,6 +45,8 @@ T* vector_of(const Tensor& tensor, ScalarType dtype, int64_t count) {
 
 float* floats(const Tensor& tensor, int64_t count) { return vector_of<float>(tensor, ScalarType::Float, count); }
 
+double* doubles(const Tensor& tensor, int64_t count) { return vector_of<double>(tensor, ScalarType::Double, count); }
+
 const float* floats(const std::optional<Tensor>& tensor, int64_t count) {
   return tensor ? floats(*tensor, count) : nullptr;
 }
@@ -78,7 +80,7 @@ void row_statistics(Tensor logits, Tensor token_ids, std::optional<Tensor> mask,
   const int64_t rows = view.rows();
   sdkernels::row_statistics(kernels_for(instruction_set), view,
                             row_arguments(view, token_ids, mask, temperature, temperatures),
-                            {floats(log_prob, rows), floats(entropy, rows), floats(max, rows), floats(log_sum, rows)},
+                            {doubles(log_prob, rows), floats(entropy, rows), floats(max, rows), floats(log_sum, rows)},
                             parallel_for, static_cast<int>(torch::stable::get_num_threads()));
 }
 
@@ -93,7 +95,7 @@ void row_gradient(Tensor logits, Tensor token_ids, std::optional<Tensor> mask, d
                   "the gradient must have the logits' shape and dtype");
   sdkernels::row_gradient(kernels_for(instruction_set), view,
                           row_arguments(view, token_ids, mask, temperature, temperatures),
-                          {floats(log_prob, rows), floats(entropy, rows), floats(max, rows), floats(log_sum, rows)},
+                          {doubles(log_prob, rows), floats(entropy, rows), floats(max, rows), floats(log_sum, rows)},
                           {floats(grad_log_prob, rows), floats(grad_entropy, rows)}, target, parallel_for);
 }
 

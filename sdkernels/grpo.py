@@ -184,7 +184,7 @@ def grpo_loss(
     log_prob, entropy = rows_log_prob(logits, token_ids, temperature, keep, cu_seqlens, inplace)
     per_token = over_tokens(advantages.to(log_prob.dtype), token_ids.shape, cu_seqlens)
     loss, ratio = policy_loss(log_prob, per_token, old_log_prob, keep, options)
-    return GRPOOutput(loss, log_prob, entropy, ratio)
+    return GRPOOutput(*(x.to(entropy.dtype) for x in (loss, log_prob, entropy, ratio)))
 
 
 class GRPOLoss(nn.Module):

@@ -210,18 +210,16 @@ def rlsd_loss(
     weighing = checked_weighing(clip_range, lam, apply_to, pessimistic)
     keep = kept_tokens(token_ids, mask)
     student_log_prob, student_entropy = rows_log_prob(student_logits, token_ids, temperature, keep, cu_seqlens, inplace)
-    dtype = student_log_prob.dtype
     if dense:
         teacher_log_prob, teacher_entropy = rows_log_prob(teacher.detach(), token_ids, temperature, keep, cu_seqlens)
-        teacher_log_prob, teacher_entropy = teacher_log_prob.to(dtype), teacher_entropy.to(dtype)
     else:
-        teacher_log_prob = torch.where(keep, teacher.to(dtype), 0)
-        teacher_entropy = torch.zeros_like(teacher_log_prob)
+        teacher_log_prob, teacher_entropy = torch.where(keep, teacher.double(), 0), torch.zeros_like(student_entropy)
     own = old_log_prob if evidence_from == "old" and old_log_prob is not None else student_log_prob.detach()
-    tokens = over_tokens(advantages.to(dtype), shape, cu_seqlens)
-    evidence = evidence_advantage(own.to(dtype), teacher_log_prob, tokens, keep, credit_mask, weighing)
+    tokens = over_tokens(advantages.double(), shape, cu_seqlens)
+    evidence = evidence_advantage(own.double(), teacher_log_prob, tokens, keep, credit_mask, weighing)
     loss, ratio = policy_loss(student_log_prob, evidence.advantage, old_log_prob, keep, options)
-    return RLSDOutput(loss, *evidence, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy, ratio)
+    statistics = (student_log_prob, teacher_log_prob, student_entropy, teacher_entropy)
+    return RLSDOutput(*(x.to(student_entropy.dtype) for x in (loss, *evidence, *statistics, ratio)))
 
 
 def lambda_schedule(step: int, *, peak: float = 0.5, warmup_steps: int = 0, decay_steps: int = 0) -> float:

@@ -59,7 +59,8 @@ def token_log_prob(
     cu_seqlens = _check.cu_seqlens(cu_seqlens, shape, logits)
     mask = _check.mask("mask", mask, shape, logits)
     temperature = _check.temperature(temperature, shape, cu_seqlens, logits)
-    return rows_log_prob(logits, token_ids, temperature, mask, cu_seqlens)
+    log_prob, entropy = rows_log_prob(logits, token_ids, temperature, mask, cu_seqlens)
+    return TokenLogProb(log_prob.to(entropy.dtype), entropy)
 
 
 def rows_log_prob(
@@ -70,7 +71,7 @@ def rows_log_prob(
     cu_seqlens: Tensor | None,
     inplace: bool = False,
 ) -> TokenLogProb:
-    """`token_log_prob` of checked arguments; with `inplace`, backward writes over the logits."""
+    """`token_log_prob` of checked arguments, log-prob in float64; with `inplace` backward overwrites the logits."""
     rows = as_rows(logits)
     leading = rows.shape[:-1]
     number, temperatures = kernel_temperature(temperature, logits.dtype, token_ids.shape, cu_seqlens)

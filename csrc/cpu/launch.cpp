@@ -75,7 +75,7 @@ void finish_row(const RowView& logits, const RowArguments& arguments, int64_t ro
   const float invalid = valid ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   const float label = valid ? element(logits, row, token_id) : invalid;
   const double centred = (static_cast<double>(label) - total.max) / arguments.temperature_of(row);
-  results.log_prob[row] = static_cast<float>(centred - log_sum);
+  results.log_prob[row] = centred - log_sum;
   results.entropy[row] = static_cast<float>(log_sum - total.weighted / (kLog2E * total.sum)) + invalid;
   results.max[row] = total.max;
   results.log_sum[row] = static_cast<float>(log_sum) + invalid;

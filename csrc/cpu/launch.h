@@ -33,7 +33,8 @@ struct RowArguments {
 };
 
 struct RowResults {
-  float *log_prob, *entropy, *max, *log_sum;
+  double* log_prob;  // as a float, one of -16 would be off by 1e-6, and so would be the ratio that exp makes of it
+  float *entropy, *max, *log_sum;
 };
 
 struct UpstreamGradients {

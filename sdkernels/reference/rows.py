@@ -29,8 +29,9 @@ def row_statistics(
     log_prob = log_p.gather(-1, token_ids.long().where(valid, 0).unsqueeze(-1))
     entropy = -(log_p.exp() * log_p).masked_fill(log_p == -torch.inf, 0).sum(-1)
     nan = torch.where(valid, 0.0, torch.nan)
-    return tuple(torch.where(keep, x, 0).to(z.dtype)
-                 for x in (log_prob[..., 0] + nan, entropy + nan, m[..., 0], log_sum[..., 0] + nan))  # fmt: skip
+    results = (log_prob[..., 0] + nan, entropy + nan, m[..., 0], log_sum[..., 0] + nan)
+    log_prob, *others = (torch.where(keep, x, 0).to(z.dtype) for x in results)
+    return log_prob.double(), *others
 
 
 def row_gradient(

@@ -92,21 +92,24 @@ def sweep(row_ptr, vocab, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
 
 @jit
 def token_statistics(row_ptr, vocab, token_id, temperature, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """log P(token), entropy, m and log s of a row; NaN where the id is outside the vocabulary or all logits are -inf."""
+    """log P(token), entropy, m and log s of a row; NaN if the id is outside the vocabulary or all logits are -inf.
+
+    The log-prob is float64: as a float32 one of -16 would be off by 1e-6, and so the ratio that exp makes of it.
+    """
     m, s, t = sweep(row_ptr, vocab, LOG2E / temperature, DEPTH, LANES)
-    log_sum = tl.log(s)
+    log_sum = tl.log(s.to(tl.float64))
     valid = (token_id >= 0) & (token_id < vocab)
     label = tl.load(row_ptr + token_id, mask=valid, other=float("nan")).to(tl.float32)
     invalid = tl.where(valid & (s > 0), 0.0, float("nan"))  # s is 0 where every logit is -inf
-    log_prob = (label - m) / temperature - log_sum
-    entropy = log_sum - t / (s * LOG2E) + invalid
-    return log_prob, entropy, m, log_sum + invalid
+    log_prob = (label.to(tl.float64) - m) / temperature - log_sum
+    log_sum = log_sum.to(tl.float32) + invalid
+    return log_prob, log_sum - t / (s * LOG2E), m, log_sum
 
 
 @jit
 def evidence_advantage(advantage, student, teacher, credited, lam, low, high, pessimistic):
     """RLSD Eq. 13-16 for one token: the advantage A_t, the weight w_t and the information gain Delta_t."""
-    gain = teacher - student
+    gain = (teacher - student).to(tl.float32)
     weight = tl.exp(tl.where(advantage > 0, gain, -gain))
     weight = tl.where(advantage == 0, 1.0, weight)
     target = advantage * tl.clamp(weight, low, high, propagate_nan=tl.PropagateNan.ALL)

@@ -42,8 +42,8 @@ def _evidence_kernel(
     weighted = 0.0
     weight = 0.0
     gain = 0.0
-    student = 0.0
-    teacher = 0.0
+    student = tl.zeros((), tl.float64)
+    teacher = tl.zeros((), tl.float64)
     student_entropy = 0.0
     teacher_entropy = 0.0
     if device.is_kept(row, token_id, mask_ptr):
@@ -56,7 +56,7 @@ def _evidence_kernel(
         student, student_entropy, _, _ = device.token_statistics(
             student_row, vocab, token_id, t, STUDENT_TILE[0], STUDENT_TILE[1])  # fmt: skip
         if teacher_layout is None:
-            teacher = tl.load(teacher_ptr + row)
+            teacher = tl.load(teacher_ptr + row).to(tl.float64)
         else:
             teacher_row = teacher_ptr + device.row_offset(row, teacher_layout, ALIGN)
             teacher, teacher_entropy, _, _ = device.token_statistics(
@@ -160,7 +160,7 @@ def _composed(student, teacher, token_ids, advantages, mask, credit_mask, temper
         teacher_log_prob, teacher_entropy = torch.where(keep, teacher, 0), torch.zeros_like(student_entropy)
     tokens = layout.at_tokens(advantages, keep.shape)
     evidence = evidence_advantage(student_log_prob, teacher_log_prob, tokens, keep, credit_mask, weighing)
-    dtype = torch.promote_types(student_log_prob.dtype, teacher_log_prob.dtype)
+    dtype = torch.promote_types(student_entropy.dtype, teacher_entropy.dtype)
     results = (*evidence, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy)
     return tuple(x.to(dtype, copy=True) for x in results)
 

@@ -29,7 +29,7 @@ def _gradient_kernel(
     token_ids_ptr,  # (N,)
     mask_ptr,  # (N,) or None
     temperatures_ptr,  # (N / span,) or None
-    log_prob_ptr,  # (N,), as the three below: the row's statistics
+    log_prob_ptr,  # (N,) float64; this and the three below are the row's statistics
     entropy_ptr,
     max_ptr,
     log_sum_ptr,

@@ -20,8 +20,8 @@ def _statistics_kernel(
     token_ids_ptr,  # (N,)
     mask_ptr,  # (N,) or None
     temperatures_ptr,  # (N / span,) or None
-    log_prob_ptr,  # (N,), as the three below
-    entropy_ptr,
+    log_prob_ptr,  # (N,) float64
+    entropy_ptr,  # (N,), as the two below
     max_ptr,
     log_sum_ptr,
     layout,
@@ -34,7 +34,7 @@ def _statistics_kernel(
 ):
     row = tl.program_id(0)
     token_id = tl.load(token_ids_ptr + row).to(tl.int64)
-    log_prob = 0.0
+    log_prob = tl.zeros((), tl.float64)
     entropy = 0.0
     m = 0.0
     log_sum = 0.0
@@ -60,6 +60,12 @@ def _launch(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature:
         )  # fmt: skip
 
 
+def _empty_results(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    empty = [torch.empty(token_ids.shape, dtype=dtype, device=logits.device) for _ in range(3)]
+    return torch.empty(token_ids.shape, dtype=torch.float64, device=logits.device), *empty
+
+
 @torch.library.custom_op("sdkernels::row_statistics", mutates_args=())
 def row_statistics(
     logits: Tensor,
@@ -69,7 +75,7 @@ def row_statistics(
     temperatures: Tensor | None,
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log P(token), entropy, the row's maximum m and log sum exp((z - m) / T), each (...).
+    """log P(token) in float64, entropy, the row's maximum m and log sum exp((z - m) / T), each (...).
 
     ``logits`` (..., V) is what ``layout.as_rows`` returns; ``token_ids`` and the bool ``mask`` are contiguous, of the
     leading shape; ``temperatures``, contiguous, holds one value for each run of consecutive tokens. ``inplace`` is for
@@ -78,7 +84,7 @@ def row_statistics(
     check_values(logits, token_ids, mask, temperatures)
     if not (runs_triton(logits) or runs_csrc(logits)):
         return reference.row_statistics(logits, token_ids, mask, temperature, temperatures)
-    outputs = tuple(torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device) for _ in range(4))
+    outputs = _empty_results(logits, token_ids)
     if token_ids.numel() == 0:
         return outputs
     if runs_triton(logits):
@@ -91,8 +97,7 @@ def row_statistics(
 
 @row_statistics.register_fake
 def _(logits, token_ids, mask, temperature, temperatures, inplace):
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return tuple(torch.empty(token_ids.shape, dtype=dtype, device=logits.device) for _ in range(4))
+    return _empty_results(logits, token_ids)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -106,8 +111,8 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_log_prob, grad_entropy, *_):
     logits, token_ids, mask, temperatures, *statistics = ctx.saved_tensors
     if grad_log_prob is None:
-        grad_log_prob = torch.zeros_like(statistics[0])
-    grads = [None if x is None else x.to(statistics[0].dtype).contiguous() for x in (grad_log_prob, grad_entropy)]
+        grad_log_prob = torch.zeros_like(statistics[1])
+    grads = [None if x is None else x.to(statistics[1].dtype).contiguous() for x in (grad_log_prob, grad_entropy)]
     arguments = (logits, token_ids, mask, ctx.temperature, temperatures, *statistics, *grads)
     if ctx.inplace:
         gradient.row_gradient_(*arguments)
