@@ -63,8 +63,8 @@ RowArguments row_arguments(const RowView& view, const Tensor& token_ids, const s
           rows / std::max<int64_t>(values, 1)};
 }
 
-void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(0, count, 1, body);
+void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, count, grain, body);
 }
 
 const sdkernels::Kernels& kernels_for(const std::string& instruction_set) {

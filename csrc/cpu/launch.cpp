@@ -22,6 +22,7 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kSplit = 32768;  // a row is cut here whatever the number of threads, so its sums never change
+constexpr int64_t kThreadWork = 32768;  // logits: less costs a thread more to start than it saves
 
 struct Named {
   const char* name;
@@ -58,6 +59,8 @@ void set_element(const RowView& view, int64_t row, int64_t column, float value) 
     default: *reinterpret_cast<Float16*>(target) = to_float16(value);
   }
 }
+
+int64_t grain(const RowView& logits) { return kThreadWork / std::min(logits.vocab, kThreadWork); }
 
 bool in_vocabulary(int64_t token_id, int64_t vocab) { return 0 <= token_id && token_id < vocab; }
 
@@ -127,7 +130,7 @@ void row_statistics(const Kernels& kernels, const RowView& logits, const RowArgu
   auto scale_of = [&](int64_t row) { return static_cast<float>(kLog2E / arguments.temperature_of(row)); };
 
   if (count >= 4 * threads) {
-    parallel_for(count, [&](int64_t begin, int64_t end) {
+    parallel_for(count, grain(logits), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Statistics total;
         for (int64_t split = 0; split < splits; ++split)
@@ -138,7 +141,7 @@ void row_statistics(const Kernels& kernels, const RowView& logits, const RowArgu
     return;
   }
   std::vector<Statistics> parts(count * splits);
-  parallel_for(count * splits, [&](int64_t begin, int64_t end) {
+  parallel_for(count * splits, grain(logits), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       parts[i] = split_statistics(kernels, logits, kept[i / splits], i % splits, scale_of(kept[i / splits]));
   });
@@ -153,7 +156,7 @@ void row_gradient(const Kernels& kernels, const RowView& logits, const RowArgume
                   const UpstreamGradients& upstream, const RowView& grad, const ParallelFor& parallel_for) {
   if (grad.data != logits.data) advise_huge_pages(grad);
   const int64_t splits = (logits.vocab + kSplit - 1) / kSplit;
-  parallel_for(logits.rows() * splits, [&](int64_t first, int64_t last) {
+  parallel_for(logits.rows() * splits, grain(logits), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t row = i / splits, begin = i % splits * kSplit, count = std::min(kSplit, logits.vocab - begin);
       char* target = grad.at(row, begin);

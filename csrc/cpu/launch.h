@@ -42,7 +42,9 @@ struct UpstreamGradients {
   const float* entropy;  // null: zero
 };
 
-using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>&)>;
+// Calls body(begin, end) on parts of [0, count), at least `grain` long each, in parallel.
+using ParallelFor =
+    std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body)>;
 
 // The names of the instruction sets that this processor can run, best first.
 std::string instruction_sets();
