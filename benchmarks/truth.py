@@ -13,7 +13,7 @@ CLIP_RANGE = 0.2  # of the evidence weight, as in the paper
 EPSILON = 0.2  # of the policy ratio
 LOG_PROB_TOLERANCE = 2e-5  # absolute
 WEIGHT_TOLERANCE = 1e-4  # relative
-GRADIENT_TOLERANCE = 1e-6  # times the row's coefficient; the weight's tolerance and rounding come on top
+GRADIENT_TOLERANCE = 1e-6  # times the row's coefficient; the dtype's rounding comes on top
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 SMALLEST = {torch.float16: 6e-8}  # absolute, per entry
 FAR_OFF = 1e30  # the error of NaN
@@ -90,13 +90,13 @@ class Truth:
         return worst
 
     def _gradient_errors(self, gradient: Tensor) -> Tensor:
-        """||g - g*|| of each row over its bound; the coefficient holds the weight, and so inherits its tolerance."""
+        """||g - g*|| of each row over its bound."""
         multiples = torch.empty_like(self.coefficient)
         smallest = SMALLEST.get(gradient.dtype, 0.0) * gradient.shape[-1] ** 0.5
         for rows in row_chunks(gradient):
             expected = self.row_gradient(rows)
-            relative = (WEIGHT_TOLERANCE + ROUNDING[gradient.dtype]) * expected.norm(dim=-1)
-            bound = GRADIENT_TOLERANCE * self.coefficient[rows].abs() + relative + smallest
+            rounding = ROUNDING[gradient.dtype] * expected.norm(dim=-1) + smallest
+            bound = GRADIENT_TOLERANCE * self.coefficient[rows].abs() + rounding
             error = expected.sub_(gradient[rows]).norm(dim=-1)
             multiples[rows] = error / (bound + 1e-30)
         return multiples
