@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sdkernels import _check
+from sdkernels.evidence import log_ratio
 from sdkernels.reductions import over_tokens, reduce
 from sdkernels.rows.layout import kept_tokens
 from sdkernels.token_log_prob import rows_log_prob
@@ -29,6 +30,7 @@ def clipped_surrogate(
     epsilon_low: float,
     epsilon_high: float,
     dual_clip: float | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """-min(r A, clip(r) A), at most -c A where A < 0 with dual clip c; and r = exp(log_prob - old_log_prob), detached.
 
@@ -37,8 +39,8 @@ def clipped_surrogate(
     if old_log_prob is None:
         log_prob = log_prob.masked_fill(log_prob == -torch.inf, 0)  # r = 1 there too
         old_log_prob = log_prob.detach()
-    log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.detach().exp()
+    log_r = log_ratio(log_prob, old_log_prob, dtype)
+    ratio = log_r.detach().exp()
     bound = torch.full_like(ratio, 1 - epsilon_low).masked_fill(advantages > 0, 1 + epsilon_high)
     binds = ((advantages > 0) & (ratio > bound)) | ((advantages < 0) & (ratio < bound))
     if dual_clip is not None:
@@ -47,13 +49,13 @@ def clipped_surrogate(
         binds = binds | binds_above
     nothing = (advantages == 0) & (ratio >= 0)  # whatever the ratio, unless it is NaN
     bound = bound.masked_fill(nothing, 0)
-    free_ratio = log_ratio.masked_fill(binds | nothing, 0).exp()
+    free_ratio = log_r.masked_fill(binds | nothing, 0).exp()
     return -advantages * torch.where(binds | nothing, bound, free_ratio), ratio
 
 
-def k3_divergence(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:
+def k3_divergence(log_prob: Tensor, reference_log_prob: Tensor, dtype: torch.dtype) -> Tensor:
     """exp(d) - d - 1, d = reference_log_prob - log_prob: an unbiased, non-negative estimate of KL(P || reference)."""
-    d = reference_log_prob - log_prob
+    d = -log_ratio(log_prob, reference_log_prob, dtype)
     return d.expm1() - d
 
 
@@ -90,6 +92,7 @@ def policy_loss(
     old_log_prob: Tensor | None,  # (...)
     keep: Tensor,  # (...) bool
     options: dict[str, Any],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The reduced loss and the ratio, from per-token log-probs: GRPO's token math."""
     old, reference, token_weight = (
@@ -97,12 +100,12 @@ def policy_loss(
         for x in (old_log_prob, options["reference_log_prob"], options["token_weight"])
     )
     loss, ratio = clipped_surrogate(
-        log_prob, old, advantages, options["epsilon_low"], options["epsilon_high"], options["dual_clip"]
+        log_prob, old, advantages, options["epsilon_low"], options["epsilon_high"], options["dual_clip"], dtype
     )
     if token_weight is not None:
         loss = loss * token_weight
     if options["beta"] > 0 and reference is not None:
-        loss = loss + options["beta"] * k3_divergence(log_prob, reference)
+        loss = loss + options["beta"] * k3_divergence(log_prob, reference, dtype)
     loss = torch.where(keep, loss, 0)
     reduced = reduce(loss, keep, options["reduction"], options["normalizer"], options["cu_seqlens"])
     return reduced, torch.where(keep, ratio, 0)
@@ -183,7 +186,7 @@ def grpo_loss(
     keep = kept_tokens(token_ids, mask)
     log_prob, entropy = rows_log_prob(logits, token_ids, temperature, keep, cu_seqlens, inplace)
     per_token = over_tokens(advantages.to(log_prob.dtype), token_ids.shape, cu_seqlens)
-    loss, ratio = policy_loss(log_prob, per_token, old_log_prob, keep, options)
+    loss, ratio = policy_loss(log_prob, per_token, old_log_prob, keep, options, entropy.dtype)
     return GRPOOutput(*(x.to(entropy.dtype) for x in (loss, log_prob, entropy, ratio)))
 
 

@@ -215,11 +215,12 @@ def rlsd_loss(
     else:
         teacher_log_prob, teacher_entropy = torch.where(keep, teacher.double(), 0), torch.zeros_like(student_entropy)
     own = old_log_prob if evidence_from == "old" and old_log_prob is not None else student_log_prob.detach()
+    dtype = student_entropy.dtype
     tokens = over_tokens(advantages.double(), shape, cu_seqlens)
-    evidence = evidence_advantage(own.double(), teacher_log_prob, tokens, keep, credit_mask, weighing)
-    loss, ratio = policy_loss(student_log_prob, evidence.advantage, old_log_prob, keep, options)
+    evidence = evidence_advantage(own.double(), teacher_log_prob, tokens, keep, credit_mask, weighing, dtype)
+    loss, ratio = policy_loss(student_log_prob, evidence.advantage, old_log_prob, keep, options, dtype)
     statistics = (student_log_prob, teacher_log_prob, student_entropy, teacher_entropy)
-    return RLSDOutput(*(x.to(student_entropy.dtype) for x in (loss, *evidence, *statistics, ratio)))
+    return RLSDOutput(*(x.to(dtype) for x in (loss, *evidence, *statistics, ratio)))
 
 
 def lambda_schedule(step: int, *, peak: float = 0.5, warmup_steps: int = 0, decay_steps: int = 0) -> float:

@@ -109,7 +109,8 @@ def token_statistics(row_ptr, vocab, token_id, temperature, DEPTH: tl.constexpr,
 @jit
 def evidence_advantage(advantage, student, teacher, credited, lam, low, high, pessimistic):
     """RLSD Eq. 13-16 for one token: the advantage A_t, the weight w_t and the information gain Delta_t."""
-    gain = (teacher - student).to(tl.float32)
+    same = teacher.to(tl.float32) == student.to(tl.float32)
+    gain = tl.where(same, 0.0, (teacher - student).to(tl.float32))
     weight = tl.exp(tl.where(advantage > 0, gain, -gain))
     weight = tl.where(advantage == 0, 1.0, weight)
     target = advantage * tl.clamp(weight, low, high, propagate_nan=tl.PropagateNan.ALL)

@@ -159,8 +159,8 @@ def _composed(student, teacher, token_ids, advantages, mask, credit_mask, temper
     else:
         teacher_log_prob, teacher_entropy = torch.where(keep, teacher, 0), torch.zeros_like(student_entropy)
     tokens = layout.at_tokens(advantages, keep.shape)
-    evidence = evidence_advantage(student_log_prob, teacher_log_prob, tokens, keep, credit_mask, weighing)
     dtype = torch.promote_types(student_entropy.dtype, teacher_entropy.dtype)
+    evidence = evidence_advantage(student_log_prob, teacher_log_prob, tokens, keep, credit_mask, weighing, dtype)
     results = (*evidence, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy)
     return tuple(x.to(dtype, copy=True) for x in results)
 
