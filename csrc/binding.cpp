@@ -58,8 +58,8 @@ RowArguments row_arguments(const RowView& view, const Tensor& token_ids, const s
   STD_TORCH_CHECK(rows == 0 || (values > 0 && rows % values == 0), "temperatures must divide the tokens");
   return {vector_of<int64_t>(token_ids, ScalarType::Long, rows),
           mask ? vector_of<bool>(*mask, ScalarType::Bool, rows) : nullptr,
-          static_cast<float>(temperature),
-          floats(temperatures, values),
+          temperature,
+          temperatures ? doubles(*temperatures, values) : nullptr,
           rows / std::max<int64_t>(values, 1)};
 }
 

@@ -13,8 +13,10 @@ constexpr int kLanes = SDK_LANES;
 constexpr int kUnroll = 4;  // independent accumulators hide the latency of the chained additions
 constexpr int kStep = kLanes * kUnroll;
 constexpr int64_t kBlock = 4096;
+constexpr int64_t kFlush = 8 * kStep;  // beside a sum of 1, float loses small terms: doubles take over before it shows
 
 typedef float Floats __attribute__((vector_size(4 * SDK_LANES)));
+typedef double Doubles __attribute__((vector_size(8 * SDK_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * SDK_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * SDK_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * SDK_LANES)));
@@ -140,9 +142,14 @@ inline float largest_lane(const Floats (&values)[kUnroll]) {  // none is NaN
   return result;
 }
 
-inline float add_lanes(const Floats (&values)[kUnroll]) {
-  const Floats total = (values[0] + values[1]) + (values[2] + values[3]);
-  float result = 0.0f;
+// Adds lanes of floats to lanes of doubles, and clears them.
+inline void flush(Floats (&values)[kUnroll], Doubles& total) {
+  total += __builtin_convertvector((values[0] + values[1]) + (values[2] + values[3]), Doubles);
+  for (Floats& value : values) value = Floats{};
+}
+
+inline double add_lanes(const Doubles& total) {
+  double result = 0.0;
   for (int lane = 0; lane < kLanes; ++lane) result += total[lane];
   return result;
 }
@@ -154,8 +161,14 @@ Statistics block_statistics(const T* block, int64_t count, float scale) {
   for (Floats& m : maximum) m = fill(kLowest);
   for (int64_t i = 0; i < count; i += kStep) fold_maximum(block + i, maximum);
   const float max = largest_lane(maximum);
-  for (int64_t i = 0; i < count; i += kStep) fold_sums(block + i, max, scale, sum, weighted);
-  return {max, add_lanes(sum), add_lanes(weighted)};
+  Doubles total_sum = {}, total_weighted = {};
+  for (int64_t begin = 0; begin < count; begin += kFlush) {
+    const int64_t end = begin + kFlush < count ? begin + kFlush : count;
+    for (int64_t i = begin; i < end; i += kStep) fold_sums(block + i, max, scale, sum, weighted);
+    flush(sum, total_sum);
+    flush(weighted, total_weighted);
+  }
+  return {max, add_lanes(total_sum), add_lanes(total_weighted)};
 }
 
 template <class T>
@@ -176,7 +189,7 @@ inline void gradient_step(const T* source, T* target, const Coefficients& c) {
   for (int i = 0; i < kUnroll; ++i) {
     Floats y = (load(source + i * kLanes) - c.max) * c.scale - c.log2_sum;
     Floats slope = fill(c.slope);
-    if (kEntropy) slope += c.entropy_slope * larger(fill(kLeast), y);
+    if (kEntropy) slope += c.entropy_slope * larger(fill(kFloor), y);
     Floats p = (y < kSmallest) ? Floats{} : exp2_normal(y);
     store(target + i * kLanes, p * slope);
   }

@@ -31,15 +31,6 @@ class Weighing(NamedTuple):
     pessimistic: bool
 
 
-def log_ratio(log_prob: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """log_prob - other, and 0 where they agree to the last place of `dtype`, in which log-probs are handed out.
-
-    A policy that has not moved thus has ratio 1 exactly, although its own log-prob is more precise than a stored one.
-    """
-    same = log_prob.to(dtype) == other.to(dtype)
-    return torch.where(same, log_prob - log_prob.detach(), log_prob - other)
-
-
 def evidence_advantage(
     student_log_prob: Tensor,  # (...), as all tensors here
     teacher_log_prob: Tensor,
@@ -47,11 +38,10 @@ def evidence_advantage(
     keep: Tensor,
     credit_mask: Tensor | None,
     weighing: Weighing,
-    dtype: torch.dtype,
 ) -> EvidenceAdvantage:
     """Eq. 13-16 as token math; the Triton kernel's twin is ``rows.device.evidence_advantage``."""
     lam, low, high, apply_to, pessimistic = weighing
-    gain = log_ratio(teacher_log_prob, student_log_prob, dtype)
+    gain = teacher_log_prob - student_log_prob
     weight = torch.where(advantages > 0, gain, -gain).exp().masked_fill(advantages == 0, 1.0)
     target = advantages * weight.clamp(low, high)
     if pessimistic:
@@ -123,7 +113,7 @@ def evidence_weighted_advantage(
     keep = torch.ones_like(student, dtype=torch.bool) if mask is None else mask
     tokens = over_tokens(advantages.detach().to(dtype), shape, cu_seqlens)
     teacher = teacher_log_prob.detach().to(dtype)
-    return evidence_advantage(student.to(dtype), teacher, tokens, keep, credit_mask, weighing, dtype)
+    return evidence_advantage(student.to(dtype), teacher, tokens, keep, credit_mask, weighing)
 
 
 def checked_weighing(clip_range: float | tuple[float, float], lam: float, apply_to: str, pessimistic: bool) -> Weighing:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from sdkernels import _check
-from sdkernels.evidence import log_ratio
 from sdkernels.reductions import over_tokens, reduce
 from sdkernels.rows.layout import kept_tokens
 from sdkernels.token_log_prob import rows_log_prob
@@ -34,13 +33,13 @@ def clipped_surrogate(
 ) -> tuple[Tensor, Tensor]:
     """-min(r A, clip(r) A), at most -c A where A < 0 with dual clip c; and r = exp(log_prob - old_log_prob), detached.
 
-    Where a bound holds strictly the value is the bound's and the gradient 0, even where r overflows.
+    Where a bound holds strictly the value is the bound's and the gradient 0, even where r overflows. Log-probs that
+    agree to the last place of `dtype`, in which they are handed out, are an unmoved policy: for bounds its r is 1.
     """
-    if old_log_prob is None:
-        log_prob = log_prob.masked_fill(log_prob == -torch.inf, 0)  # r = 1 there too
-        old_log_prob = log_prob.detach()
-    log_r = log_ratio(log_prob, old_log_prob, dtype)
-    ratio = log_r.detach().exp()
+    old_log_prob = log_prob.detach() if old_log_prob is None else old_log_prob
+    impossible = (log_prob == -torch.inf) & (old_log_prob == -torch.inf)  # before and now: r is 1 there too
+    log_ratio = (log_prob - old_log_prob).masked_fill(impossible, 0)
+    ratio = log_ratio.detach().exp().masked_fill(log_prob.to(dtype) == old_log_prob.to(dtype), 1)
     bound = torch.full_like(ratio, 1 - epsilon_low).masked_fill(advantages > 0, 1 + epsilon_high)
     binds = ((advantages > 0) & (ratio > bound)) | ((advantages < 0) & (ratio < bound))
     if dual_clip is not None:
@@ -49,14 +48,14 @@ def clipped_surrogate(
         binds = binds | binds_above
     nothing = (advantages == 0) & (ratio >= 0)  # whatever the ratio, unless it is NaN
     bound = bound.masked_fill(nothing, 0)
-    free_ratio = log_r.masked_fill(binds | nothing, 0).exp()
+    free_ratio = log_ratio.masked_fill(binds | nothing, 0).exp()
     return -advantages * torch.where(binds | nothing, bound, free_ratio), ratio
 
 
-def k3_divergence(log_prob: Tensor, reference_log_prob: Tensor, dtype: torch.dtype) -> Tensor:
+def k3_divergence(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:
     """exp(d) - d - 1, d = reference_log_prob - log_prob: an unbiased, non-negative estimate of KL(P || reference)."""
-    d = -log_ratio(log_prob, reference_log_prob, dtype)
-    return d.expm1() - d
+    d = reference_log_prob - log_prob
+    return torch.where(d == torch.inf, d, d.expm1() - d)
 
 
 def check_policy_options(
@@ -105,7 +104,7 @@ def policy_loss(
     if token_weight is not None:
         loss = loss * token_weight
     if options["beta"] > 0 and reference is not None:
-        loss = loss + options["beta"] * k3_divergence(log_prob, reference, dtype)
+        loss = loss + options["beta"] * k3_divergence(log_prob, reference)
     loss = torch.where(keep, loss, 0)
     reduced = reduce(loss, keep, options["reduction"], options["normalizer"], options["cu_seqlens"])
     return reduced, torch.where(keep, ratio, 0)

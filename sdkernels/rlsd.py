@@ -118,7 +118,7 @@ def rlsd_token_advantage(
     leading = student_rows.shape[:-1]
     teacher = teacher.detach()
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    number, temperatures = kernel_temperature(temperature, student_logits.dtype, shape, cu_seqlens)
+    number, temperatures = kernel_temperature(temperature, shape, cu_seqlens)
     results = rows_evidence.rlsd_token_advantage(
         student_rows,
         as_rows(teacher) if dense else teacher.to(dtype).reshape(leading).contiguous(),
@@ -217,7 +217,7 @@ def rlsd_loss(
     own = old_log_prob if evidence_from == "old" and old_log_prob is not None else student_log_prob.detach()
     dtype = student_entropy.dtype
     tokens = over_tokens(advantages.double(), shape, cu_seqlens)
-    evidence = evidence_advantage(own.double(), teacher_log_prob, tokens, keep, credit_mask, weighing, dtype)
+    evidence = evidence_advantage(own.double(), teacher_log_prob, tokens, keep, credit_mask, weighing)
     loss, ratio = policy_loss(student_log_prob, evidence.advantage, old_log_prob, keep, options, dtype)
     statistics = (student_log_prob, teacher_log_prob, student_entropy, teacher_entropy)
     return RLSDOutput(*(x.to(dtype) for x in (loss, *evidence, *statistics, ratio)))

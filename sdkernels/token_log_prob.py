@@ -74,7 +74,7 @@ def rows_log_prob(
     """`token_log_prob` of checked arguments, log-prob in float64; with `inplace` backward overwrites the logits."""
     rows = as_rows(logits)
     leading = rows.shape[:-1]
-    number, temperatures = kernel_temperature(temperature, logits.dtype, token_ids.shape, cu_seqlens)
+    number, temperatures = kernel_temperature(temperature, token_ids.shape, cu_seqlens)
     log_prob, entropy, _, _ = row_statistics(
         rows,
         token_ids.reshape(leading).contiguous(),
@@ -87,12 +87,12 @@ def rows_log_prob(
 
 
 def kernel_temperature(
-    temperature: float | Tensor, logits_dtype: torch.dtype, shape: torch.Size, cu_seqlens: Tensor | None
+    temperature: float | Tensor, shape: torch.Size, cu_seqlens: Tensor | None
 ) -> tuple[float, Tensor | None]:
     """A checked temperature as the row operations take it: a number, or float values for runs of consecutive tokens."""
     if not isinstance(temperature, Tensor):
         return temperature, None
-    values = temperature.detach().to(torch.promote_types(logits_dtype, torch.float32))
+    values = temperature.detach().double()
     return 1.0, values.reshape(1) if values.dim() == 0 else kernel_values(values, shape, cu_seqlens)
 
 

@@ -27,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from sdkernels.rows import evidence, gradient, statistics
+from sdkernels.evidence import Weighing
+from sdkernels.rows import evidence, gradient, layout, statistics
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -92,15 +93,15 @@ def launch(case: Case) -> None:
     student = logits(case, case.dtype)
     ids = torch.zeros(TOKENS, dtype=torch.int32 if case.options else torch.int64)
     values = torch.ones(TOKENS)
-    mask, temperatures, grad_entropy = (values.bool(), values, values) if case.options else (None, None, None)
+    mask, temperatures, grad_entropy = (values.bool(), values.double(), values) if case.options else (None, None, None)
     if case.op == "statistics":
-        statistics._launch(student, ids, mask, 0.7, temperatures, (values,) * 4)
+        statistics._launch(student, ids, mask, 0.7, temperatures, (values.double(), *(values,) * 3))
     elif case.op == "gradient":
         grad = logits(case, case.dtype)
-        gradient._launch(student, grad, ids, mask, 0.7, temperatures, (*(values,) * 5, grad_entropy))
+        gradient._launch(student, grad, ids, mask, 0.7, temperatures, (values.double(), *(values,) * 4, grad_entropy))
     else:
         teacher = values if case.teacher is None else logits(case, case.teacher)
-        options = ((mask, mask, temperatures), (values,) * 7, 0.7, (0.5, 0.8, 1.2), 0, False)
+        options = ((mask, mask, temperatures), (values,) * 7, 0.7, Weighing(0.5, 0.8, 1.2, "all", False))
         evidence._launch(student, teacher, ids, values, *options)
 
 
@@ -119,7 +120,8 @@ def launched_by(case: Case) -> tuple[JITFunction, tuple, dict]:
 
 def compile_case(case: Case, target: GPUTarget) -> CompiledKernel:
     """The kernel that a launch of this case compiles on this target."""
-    kernel, args, kwargs = launched_by(case)
+    with mock.patch.object(layout, "WARP_SIZE", target.warp_size):
+        kernel, args, kwargs = launched_by(case)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*args, **kwargs)
@@ -186,13 +188,13 @@ def read_hip(kernel: CompiledKernel) -> Report:
     )
 
 
-def faults(case: Case, report: Report, warp: int) -> list[str]:
+def faults(case: Case, report: Report) -> list[str]:
     """What must not be: spills anywhere, narrow accesses to aligned rows."""
     found = [f"{report.spilled} bytes or registers spilled"] if report.spilled else []
     if case.rows == "odd":
         return found
     if case.op == "gradient":
-        needed = gradient.BLOCK_BYTES // (16 * warp * gradient.WARPS)
+        needed = gradient.BLOCK_BYTES // (16 * gradient.THREADS)
         if min(report.loads[16], report.stores[16]) < needed:
             found.append(f"{report.loads[16]} loads and {report.stores[16]} stores of 16 bytes, {needed} needed")
     elif set(report.loop_loads) != {16}:
@@ -206,7 +208,7 @@ def check(job: tuple[Case, str]) -> tuple[Report, list[str]]:
     target = TARGETS[name]
     kernel = compile_case(case, target)
     report = read_cuda(kernel) if target.backend == "cuda" else read_hip(kernel)
-    return report, faults(case, report, target.warp_size)
+    return report, faults(case, report)
 
 
 def show(sizes: Counter[int]) -> str:

@@ -60,6 +60,9 @@ void set_element(const RowView& view, int64_t row, int64_t column, float value) 
   }
 }
 
+// Finite, so that the maximum's (z - m) scale is 0 at any temperature.
+float scale(double temperature) { return static_cast<float>(std::min(kLog2E / temperature, 3e38)); }
+
 int64_t grain(const RowView& logits) { return kThreadWork / std::min(logits.vocab, kThreadWork); }
 
 bool in_vocabulary(int64_t token_id, int64_t vocab) { return 0 <= token_id && token_id < vocab; }
@@ -72,9 +75,9 @@ Statistics split_statistics(const Kernels& kernels, const RowView& logits, int64
 void finish_row(const RowView& logits, const RowArguments& arguments, int64_t row, const Statistics& total,
                 const RowResults& results) {
   const int64_t token_id = arguments.token_ids[row];
-  const double log_sum = std::log(static_cast<double>(total.sum));
+  const double log_sum = std::log(total.sum);
   // The maximum alone adds 1 to the sum, unless every logit is -inf or one is NaN.
-  const bool valid = in_vocabulary(token_id, logits.vocab) && total.sum >= 0.5f;
+  const bool valid = in_vocabulary(token_id, logits.vocab) && total.sum >= 0.5;
   const float invalid = valid ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   const float label = valid ? element(logits, row, token_id) : invalid;
   const double centred = (static_cast<double>(label) - total.max) / arguments.temperature_of(row);
@@ -127,7 +130,7 @@ void row_statistics(const Kernels& kernels, const RowView& logits, const RowArgu
   }
   const int64_t count = static_cast<int64_t>(kept.size());
   const int64_t splits = (logits.vocab + kSplit - 1) / kSplit;
-  auto scale_of = [&](int64_t row) { return static_cast<float>(kLog2E / arguments.temperature_of(row)); };
+  auto scale_of = [&](int64_t row) { return scale(arguments.temperature_of(row)); };
 
   if (count >= 4 * threads) {
     parallel_for(count, grain(logits), [&](int64_t begin, int64_t end) {
@@ -171,19 +174,20 @@ void row_gradient(const Kernels& kernels, const RowView& logits, const RowArgume
       const double inverse = 1.0 / arguments.temperature_of(row);
       Coefficients c;
       c.max = saved.max[row];
-      c.scale = static_cast<float>(kLog2E * inverse);
+      c.scale = scale(arguments.temperature_of(row));
       c.log2_sum = static_cast<float>(kLog2E * saved.log_sum[row]);
       c.slope = static_cast<float>(-inverse * (on_log_prob + (on_entropy == 0.0 ? 0.0 : on_entropy * saved.entropy[row])));
       c.entropy_slope = static_cast<float>(-inverse * on_entropy / kLog2E);
 
-      const int64_t label = arguments.token_ids[row] - begin;
+      const bool valid = in_vocabulary(arguments.token_ids[row], logits.vocab);
+      const int64_t label = valid ? arguments.token_ids[row] - begin : -1;
       const bool holds_label = 0 <= label && label < count;
       const float label_logit = holds_label ? element(logits, row, begin + label) : 0.0f;
       kernels.gradient[logits.dtype](logits.at(row, begin), target, count, c);
       if (holds_label && on_log_prob != 0.0) {  // formed anew in full precision: adding to a rounded value loses it
         const double log2_p = (static_cast<double>(label_logit) - c.max) * c.scale - c.log2_sum;
         const double p = std::exp2(log2_p);
-        const double through_entropy = on_entropy == 0.0 ? 0.0 : c.entropy_slope * std::max<double>(log2_p, kLeast);
+        const double through_entropy = on_entropy == 0.0 ? 0.0 : c.entropy_slope * std::max<double>(log2_p, kFloor);
         set_element(grad, row, begin + label, static_cast<float>(p * (c.slope + through_entropy) + inverse * on_log_prob));
       }
     }

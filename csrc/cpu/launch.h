@@ -24,8 +24,8 @@ struct RowView {
 struct RowArguments {
   const int64_t* token_ids;
   const bool* mask;            // null: every row is kept
-  float temperature;           // used where temperatures is null
-  const float* temperatures;   // one for each `span` consecutive rows
+  double temperature;          // used where temperatures is null
+  const double* temperatures;  // one for each `span` consecutive rows
   int64_t span;
 
   bool keeps(int64_t row) const { return token_ids[row] != -100 && (!mask || mask[row]); }

@@ -16,7 +16,7 @@ struct Float16 {
 };
 
 constexpr float kLowest = -3.402823466e38f;  // the maximum of no logits: below every finite one
-constexpr float kLeast = -1e30f;             // stands for -inf where 0 multiplies it
+constexpr float kFloor = -200.0f;            // 2^y is 0 below: stands for -inf where 0 multiplies it
 
 inline float to_float(float value) { return value; }
 
@@ -81,17 +81,16 @@ inline Float16 from_float<Float16>(float value) {
 // Of the logits z of a stretch: m = max z, sum 2^y and sum y 2^y with y = (z - m) scale.
 struct Statistics {
   float max = kLowest;
-  float sum = 0.0f;
-  float weighted = 0.0f;
+  double sum = 0.0;
+  double weighted = 0.0;
 };
 
 inline Statistics merge(const Statistics& a, const Statistics& b, float scale) {
   Statistics result;
   result.max = a.max > b.max ? a.max : b.max;
   for (const Statistics* part : {&a, &b}) {
-    float shift = (part->max - result.max) * scale;
-    if (shift < kLeast) shift = kLeast;
-    const float factor = std::exp2(shift);
+    const double shift = std::fmax((part->max - result.max) * scale, kFloor);
+    const double factor = std::exp2(shift);
     result.sum += part->sum * factor;
     result.weighted += (part->weighted + shift * part->sum) * factor;
   }

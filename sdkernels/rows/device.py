@@ -26,18 +26,18 @@ def jit(function: Callable | None = None, **options: Any) -> Any:
 if triton:
     LOG2E = tl.constexpr(1.4426950408889634)
     LOWEST = tl.constexpr(-3.402823466e38)  # the maximum of no logits: below every finite one
-    LEAST = tl.constexpr(-1e30)  # stands for -inf where 0 multiplies it
+    FLOOR = tl.constexpr(-200.0)  # 2^y is 0 below: stands for -inf where 0 multiplies it
+    FIXED_POINT = tl.constexpr(float(1 << 40))
     IGNORED = tl.constexpr(-100)
 
 
 @jit
-def row_offset(row, layout, ALIGN: tl.constexpr):
-    """Where a row starts, in elements: layout is (size 1, size 2, stride 0, stride 1, stride 2), strides over ALIGN."""
-    size1, size2, stride0, stride1, stride2 = layout
-    index0 = row // (size1 * size2)
-    index1 = row // size2 % size1
-    offset = index0.to(tl.int64) * stride0 + index1.to(tl.int64) * stride1 + (row % size2).to(tl.int64) * stride2
-    return offset * ALIGN
+def row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN: tl.constexpr):
+    """Where a row starts, in elements, from the two inner leading sizes and three leading strides, these over ALIGN."""
+    index0 = (row // (size1 * size2)).to(tl.int64)
+    index1 = (row // size2 % size1).to(tl.int64)
+    index2 = (row % size2).to(tl.int64)
+    return (index0 * stride0 + index1 * stride1 + index2 * stride2) * ALIGN
 
 
 @jit
@@ -51,10 +51,16 @@ def is_kept(row, token_id, mask_ptr):
 
 @jit
 def row_temperature(row, temperature, temperatures_ptr, span):
-    """The temperature of a row: a number for all, or one for each `span` consecutive rows."""
+    """The temperature of a row, float64: a number for all, or one for each `span` consecutive rows."""
     if temperatures_ptr is not None:
-        temperature = tl.load(temperatures_ptr + row // span).to(tl.float32)
-    return temperature
+        temperature = tl.load(temperatures_ptr + row // span)
+    return tl.zeros((), tl.float64) + temperature
+
+
+@jit
+def row_scale(temperature):
+    """k = log2(e) / T; finite, so that the maximum's (z - m) k is 0 at any temperature."""
+    return tl.minimum(LOG2E / temperature, 3e38).to(tl.float32)
 
 
 @jit
@@ -63,11 +69,18 @@ def fold(m, s, t, logits, scale):
     new_m = tl.maximum(m, tl.max(logits, 0))
     y = (logits - new_m[None, :]) * scale
     e = tl.exp2(y)
-    shift = tl.maximum((m - new_m) * scale, LEAST)
+    shift = tl.maximum((m - new_m) * scale, FLOOR)
     factor = tl.exp2(shift)
     new_s = s * factor + tl.sum(e, 0)
-    new_t = (t + shift * s) * factor + tl.sum(e * tl.maximum(y, LEAST), 0)
+    new_t = (t + shift * s) * factor + tl.sum(e * tl.maximum(y, FLOOR), 0)
     return new_m, new_s, new_t
+
+
+@jit
+def add_lanes(values):
+    """Sum in fixed point, exact in any order: how lanes lie in threads changes with a view's alignment."""
+    total = tl.sum((values * FIXED_POINT).to(tl.int64), 0).to(tl.float64) / FIXED_POINT
+    return tl.where(tl.max((values != values).to(tl.int32), 0) != 0, float("nan"), total)
 
 
 @jit
@@ -85,9 +98,9 @@ def sweep(row_ptr, vocab, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
         rest = tl.load(row_ptr + whole + offsets, mask=whole + offsets < vocab, other=float("-inf"))
         m, s, t = fold(m, s, t, rest.to(tl.float32), scale)
     row_m = tl.max(m, 0)
-    shift = tl.maximum((m - row_m) * scale, LEAST)
+    shift = tl.maximum((m - row_m) * scale, FLOOR)
     factor = tl.exp2(shift)
-    return row_m, tl.sum(s * factor, 0), tl.sum((t + shift * s) * factor, 0)
+    return row_m, add_lanes(s * factor), add_lanes((t + shift * s) * factor)
 
 
 @jit
@@ -96,21 +109,20 @@ def token_statistics(row_ptr, vocab, token_id, temperature, DEPTH: tl.constexpr,
 
     The log-prob is float64: as a float32 one of -16 would be off by 1e-6, and so the ratio that exp makes of it.
     """
-    m, s, t = sweep(row_ptr, vocab, LOG2E / temperature, DEPTH, LANES)
-    log_sum = tl.log(s.to(tl.float64))
+    m, s, t = sweep(row_ptr, vocab, row_scale(temperature), DEPTH, LANES)
+    log_sum = tl.log(s)
     valid = (token_id >= 0) & (token_id < vocab)
     label = tl.load(row_ptr + token_id, mask=valid, other=float("nan")).to(tl.float32)
     invalid = tl.where(valid & (s > 0), 0.0, float("nan"))  # s is 0 where every logit is -inf
     log_prob = (label.to(tl.float64) - m) / temperature - log_sum
-    log_sum = log_sum.to(tl.float32) + invalid
-    return log_prob, log_sum - t / (s * LOG2E), m, log_sum
+    entropy = (log_sum - t / (s * LOG2E)).to(tl.float32)
+    return log_prob, entropy + invalid, m, log_sum.to(tl.float32) + invalid
 
 
 @jit
 def evidence_advantage(advantage, student, teacher, credited, lam, low, high, pessimistic):
     """RLSD Eq. 13-16 for one token: the advantage A_t, the weight w_t and the information gain Delta_t."""
-    same = teacher.to(tl.float32) == student.to(tl.float32)
-    gain = tl.where(same, 0.0, (teacher - student).to(tl.float32))
+    gain = (teacher - student).to(tl.float32)
     weight = tl.exp(tl.where(advantage > 0, gain, -gain))
     weight = tl.where(advantage == 0, 1.0, weight)
     target = advantage * tl.clamp(weight, low, high, propagate_nan=tl.PropagateNan.ALL)

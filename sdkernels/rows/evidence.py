@@ -9,35 +9,39 @@ from sdkernels.evidence import SIGNS, Weighing, evidence_advantage
 from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_triton
-from sdkernels.rows.statistics import WARPS, check_values, row_statistics
+from sdkernels.rows.statistics import check_values, row_statistics
+
+TEACHER_STRIDES = ("teacher_stride0", "teacher_stride1", "teacher_stride2")
 
 
-@jit(
-    do_not_specialize=["student_layout", "teacher_layout", "temperature_span", "advantage_span", "sign", "pessimistic"]
-)
+@jit(do_not_specialize=[*layout.LAYOUT, *TEACHER_STRIDES, "temperature_span", "advantage_span"])
 def _evidence_kernel(
-    student_ptr,  # (N, V) through `student_layout`
-    teacher_ptr,  # (N, V) through `teacher_layout`, or (N,) log-probs where that is None
+    student_ptr,  # (N, V) through sizes and strides
+    teacher_ptr,  # (N, V) through sizes and teacher_strides, or (N,) log-probs where TEACHER_TILE is None
     token_ids_ptr,  # (N,)
     advantages_ptr,  # (N / advantage_span,)
     masks,  # mask (N,) or None, credit mask (N,) or None, temperatures (N / temperature_span,) or None
     outputs,  # seven of (N,), in the order of RLSDAdvantage
-    student_layout,
-    teacher_layout,
+    size1,
+    size2,
+    stride0: tl.int64,
+    stride1: tl.int64,
+    stride2: tl.int64,
+    teacher_stride0: tl.int64,
+    teacher_stride1: tl.int64,
+    teacher_stride2: tl.int64,
     vocab,
     temperature_span,
     advantage_span,
-    temperature,
-    mixing,  # lam, low, high
-    sign,  # of the advantages that the teacher weighs; 0: both
-    pessimistic,
+    temperature: tl.float64,
+    weighing,  # lam, low, high, sign of the advantages that the teacher weighs (0: both), pessimistic or 0; floats
     STUDENT_TILE: tl.constexpr,  # (depth, lanes)
     TEACHER_TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     row = tl.program_id(0)
     mask_ptr, credit_mask_ptr, temperatures_ptr = masks
-    lam, low, high = mixing
+    lam, low, high, sign, pessimistic = weighing
     token_id = tl.load(token_ids_ptr + row).to(tl.int64)
     weighted = 0.0
     weight = 0.0
@@ -52,13 +56,15 @@ def _evidence_kernel(
         credited = (sign == 0) | ((sign > 0) & (advantage > 0)) | ((sign < 0) & (advantage < 0))
         if credit_mask_ptr is not None:
             credited = credited & (tl.load(credit_mask_ptr + row) != 0)
-        student_row = student_ptr + device.row_offset(row, student_layout, ALIGN)
+        student_row = student_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
         student, student_entropy, _, _ = device.token_statistics(
             student_row, vocab, token_id, t, STUDENT_TILE[0], STUDENT_TILE[1])  # fmt: skip
-        if teacher_layout is None:
+        if TEACHER_TILE is None:
             teacher = tl.load(teacher_ptr + row).to(tl.float64)
         else:
-            teacher_row = teacher_ptr + device.row_offset(row, teacher_layout, ALIGN)
+            teacher_row = teacher_ptr + device.row_offset(
+                row, size1, size2, teacher_stride0, teacher_stride1, teacher_stride2, ALIGN
+            )
             teacher, teacher_entropy, _, _ = device.token_statistics(
                 teacher_row, vocab, token_id, t, TEACHER_TILE[0], TEACHER_TILE[1])  # fmt: skip
         weighted, weight, gain = device.evidence_advantage(
@@ -81,13 +87,12 @@ def _launch(
     masks: tuple[Tensor | None, Tensor | None, Tensor | None],
     outputs: tuple[Tensor, ...],
     temperature: float,
-    mixing: tuple[float, float, float],
-    sign: int,
-    pessimistic: bool,
+    weighing: Weighing,
 ) -> None:
     tokens, temperatures = token_ids.numel(), masks[2]
     dense = teacher.dim() == student.dim()
     align = layout.alignment(student, teacher) if dense else layout.alignment(student)
+    lam, low, high, apply_to, pessimistic = weighing
     with layout.on_device(student):
         _evidence_kernel[(tokens,)](
             student,
@@ -96,19 +101,18 @@ def _launch(
             advantages,
             masks,
             outputs,
-            layout.kernel_layout(student, align),
-            layout.kernel_layout(teacher, align) if dense else None,
+            *layout.kernel_sizes(student),
+            *layout.kernel_strides(student, align),
+            *(layout.kernel_strides(teacher, align) if dense else (0, 0, 0)),
             student.shape[-1],
             1 if temperatures is None else layout.span(temperatures, tokens),
             layout.span(advantages, tokens),
             temperature,
-            mixing,
-            sign,
-            int(pessimistic),
-            STUDENT_TILE=layout.tile(student, WARPS),
-            TEACHER_TILE=layout.tile(teacher, WARPS) if dense else None,
+            (lam, low, high, float(SIGNS[apply_to]), float(pessimistic)),
+            STUDENT_TILE=layout.tile(student),
+            TEACHER_TILE=layout.tile(teacher) if dense else None,
             ALIGN=align,
-            num_warps=WARPS,
+            num_warps=layout.warps(),
         )
 
 
@@ -135,18 +139,16 @@ def rlsd_token_advantage(
     and ``high`` bound the weight. On the CPU and for float64 it is two row statistics and the token math in PyTorch.
     """
     dense = teacher.dim() == student.dim()
-    if not (runs_triton(student) and not (dense and teacher.dtype == torch.float64)):
-        weighing = Weighing(lam, low, high, apply_to, pessimistic)
+    weighing = Weighing(lam, low, high, apply_to, pessimistic)
+    if not runs_triton(student) or (dense and teacher.dtype == torch.float64):
         return _composed(
             student, teacher, token_ids, advantages, mask, credit_mask, temperature, temperatures, weighing
         )
     check_values(student, token_ids, mask, temperatures)
     outputs = tuple(torch.empty(token_ids.shape, dtype=torch.float32, device=student.device) for _ in range(7))
-    if token_ids.numel() == 0:
-        return outputs
-    masks = (mask, credit_mask, temperatures)
-    mixing = (lam, low, high)
-    _launch(student, teacher, token_ids, advantages, masks, outputs, temperature, mixing, SIGNS[apply_to], pessimistic)
+    if token_ids.numel() > 0:
+        masks = (mask, credit_mask, temperatures)
+        _launch(student, teacher, token_ids, advantages, masks, outputs, temperature, weighing)
     return outputs
 
 
@@ -159,15 +161,12 @@ def _composed(student, teacher, token_ids, advantages, mask, credit_mask, temper
     else:
         teacher_log_prob, teacher_entropy = torch.where(keep, teacher, 0), torch.zeros_like(student_entropy)
     tokens = layout.at_tokens(advantages, keep.shape)
-    dtype = torch.promote_types(student_entropy.dtype, teacher_entropy.dtype)
-    evidence = evidence_advantage(student_log_prob, teacher_log_prob, tokens, keep, credit_mask, weighing, dtype)
+    evidence = evidence_advantage(student_log_prob, teacher_log_prob, tokens, keep, credit_mask, weighing)
     results = (*evidence, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy)
-    return tuple(x.to(dtype, copy=True) for x in results)
+    return tuple(x.to(student_entropy.dtype, copy=True) for x in results)
 
 
 @rlsd_token_advantage.register_fake
 def _(student, teacher, token_ids, *arguments):
     dtype = torch.promote_types(student.dtype, torch.float32)
-    if teacher.dim() == student.dim():
-        dtype = torch.promote_types(dtype, teacher.dtype)
     return tuple(torch.empty(token_ids.shape, dtype=dtype, device=student.device) for _ in range(7))

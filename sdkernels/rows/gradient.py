@@ -10,45 +10,49 @@ from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_csrc, runs_triton
 
-WARPS = 4
-BLOCK_BYTES = 8192  # of a row per program: 64 bytes a thread
+THREADS = 128
+BLOCK_BYTES = 64 * THREADS  # of a row per program
 
 
 @jit
 def _gradient_block(logits, is_label, m, scale, log2_sum, slope, entropy_slope, label_slope):
     y = (logits.to(tl.float32) - m) * scale - log2_sum  # log2 p
     if entropy_slope is not None:
-        slope += entropy_slope * tl.maximum(y, device.LEAST)
+        slope += entropy_slope * tl.maximum(y, device.FLOOR)
     return tl.exp2(y) * slope + tl.where(is_label, label_slope, 0.0)
 
 
-@jit(do_not_specialize=["layout", "grad_layout", "span"])
+@jit(do_not_specialize=[*layout.LAYOUT, "grad_stride0", "grad_stride1", "grad_stride2", "span"])
 def _gradient_kernel(
-    logits_ptr,  # (N, V) through `layout`
-    grad_ptr,  # (N, V) through `grad_layout`; may be logits_ptr
+    logits_ptr,  # (N, V) through sizes and strides
+    grad_ptr,  # (N, V) through sizes and grad_strides; may be logits_ptr
     token_ids_ptr,  # (N,)
     mask_ptr,  # (N,) or None
     temperatures_ptr,  # (N / span,) or None
-    log_prob_ptr,  # (N,) float64; this and the three below are the row's statistics
-    entropy_ptr,
-    max_ptr,
-    log_sum_ptr,
-    grad_log_prob_ptr,  # (N,): upstream
-    grad_entropy_ptr,  # (N,) or None: upstream
-    layout,
-    grad_layout,
+    statistics,  # the row's log-prob (N,) float64, entropy, maximum and log sum (N,)
+    upstream,  # of log-prob (N,), and of entropy (N,) or None
+    size1,
+    size2,
+    stride0: tl.int64,
+    stride1: tl.int64,
+    stride2: tl.int64,
+    grad_stride0: tl.int64,
+    grad_stride1: tl.int64,
+    grad_stride2: tl.int64,
     vocab,
     span,
-    temperature,
+    temperature: tl.float64,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    log_prob_ptr, entropy_ptr, max_ptr, log_sum_ptr = statistics
+    grad_log_prob_ptr, grad_entropy_ptr = upstream
     blocks = tl.cdiv(vocab, BLOCK)
     row = tl.program_id(0) // blocks
     start = tl.program_id(0) % blocks * BLOCK
     offsets = start + tl.arange(0, BLOCK)
-    row_ptr = logits_ptr + device.row_offset(row, layout, ALIGN)
-    grad_row_ptr = grad_ptr + device.row_offset(row, grad_layout, ALIGN)
+    row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
+    grad_row_ptr = grad_ptr + device.row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2, ALIGN)
     token_id = tl.load(token_ids_ptr + row).to(tl.int64)
     is_label = tl.arange(0, BLOCK) == (token_id - start).to(tl.int32)
     log_sum = tl.load(log_sum_ptr + row)
@@ -61,7 +65,8 @@ def _gradient_kernel(
         if grad_entropy_ptr is not None:
             on_entropy = tl.load(grad_entropy_ptr + row)
     needs_row = (on_log_prob != 0) | (on_entropy != 0) | (log_sum != log_sum)
-    inverse = 1.0 / device.row_temperature(row, temperature, temperatures_ptr, span)
+    row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
+    inverse = (1.0 / row_temperature).to(tl.float32)
     slope = -on_log_prob * inverse
     entropy_slope = None
     if grad_entropy_ptr is not None:
@@ -70,7 +75,7 @@ def _gradient_kernel(
         entropy_slope = -on_entropy * inverse / device.LOG2E
     label_slope = on_log_prob * inverse
     m = tl.load(max_ptr + row)
-    scale = device.LOG2E * inverse
+    scale = device.row_scale(row_temperature)
     log2_sum = log_sum * device.LOG2E
     g = tl.zeros((BLOCK,), tl.float32)
     if start + BLOCK <= vocab:
@@ -93,11 +98,23 @@ def _launch(logits: Tensor, grad: Tensor, token_ids: Tensor, mask: Tensor | None
     align = layout.alignment(logits, grad)
     with layout.on_device(logits):
         _gradient_kernel[(token_ids.numel() * -(-vocab // block),)](
-            logits, grad, token_ids, mask, temperatures, *per_token,
-            layout.kernel_layout(logits, align), layout.kernel_layout(grad, align), vocab,
-            layout.span(temperatures, token_ids.numel()) if temperatures is not None else 1, temperature,
-            BLOCK=block, ALIGN=align, num_warps=WARPS,
-        )  # fmt: skip
+            logits,
+            grad,
+            token_ids,
+            mask,
+            temperatures,
+            per_token[:4],
+            per_token[4:],
+            *layout.kernel_sizes(logits),
+            *layout.kernel_strides(logits, align),
+            *layout.kernel_strides(grad, align),
+            vocab,
+            1 if temperatures is None else layout.span(temperatures, token_ids.numel()),
+            temperature,
+            BLOCK=block,
+            ALIGN=align,
+            num_warps=THREADS // layout.WARP_SIZE,
+        )
 
 
 def _fill(logits: Tensor, grad: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float,
@@ -108,7 +125,7 @@ def _fill(logits: Tensor, grad: Tensor, token_ids: Tensor, mask: Tensor | None, 
     if runs_triton(logits):
         _launch(logits, grad, token_ids, mask, temperature, temperatures, per_token)
     elif runs_csrc(logits):
-        temperatures = None if temperatures is None else temperatures.float()
+        temperatures = None if temperatures is None else temperatures.double()
         torch.ops.sdkernels_cpu.row_gradient(
             logits, token_ids.long(), mask, temperature, temperatures, *per_token, grad
         )
@@ -136,7 +153,7 @@ def row_gradient(
     ``row_statistics``'. Each row's gradient is (a (onehot - p) - b p (log p + H)) / T, formed in float32 and rounded
     once. Masked rows are 0 and not read; a row whose coefficients are 0 is not read either.
     """
-    grad = torch.empty_like(logits)
+    grad = layout.empty_gradient(logits)
     _fill(
         logits,
         grad,
@@ -156,7 +173,7 @@ def row_gradient(
 
 @row_gradient.register_fake
 def _(logits, *arguments):
-    return torch.empty_like(logits)
+    return layout.empty_gradient(logits)
 
 
 @torch.library.custom_op("sdkernels::row_gradient_", mutates_args=("logits",))

@@ -8,6 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+THREADS = 256  # of a program that sweeps a row
+LAYOUT = ("size1", "size2", "stride0", "stride1", "stride2")  # kernel arguments that must not specialise
+WARP_SIZE = 64 if torch.version.hip else 32
+
 
 def as_rows(logits: Tensor) -> Tensor:
     """A view that the row operations read through its strides: at most three leading dimensions, adjacent vocabulary.
@@ -15,7 +19,7 @@ def as_rows(logits: Tensor) -> Tensor:
     Only a vocabulary stride other than 1, or more leading dimensions than three that do not merge, cost a copy.
     """
     if logits.dim() > 4:
-        logits = logits.reshape(-1, *logits.shape[-3:])
+        logits = logits.flatten(0, -4)
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
@@ -42,22 +46,37 @@ def alignment(*tensors: Tensor) -> int:
     return 16 if math.gcd(16, *strides) == 16 and all(x.data_ptr() % 16 == 0 for x in tensors) else 1
 
 
-def kernel_layout(rows: Tensor, align: int) -> tuple[int, int, int, int, int]:
-    """The `layout` that `device.row_offset` reads."""
-    missing = 4 - rows.dim()
-    _, size1, size2 = (1,) * missing + tuple(rows.shape[:-1])
-    strides = (0,) * missing + rows.stride()[:-1]
-    return (size1, size2, *(stride // align for stride in strides))
+def kernel_sizes(rows: Tensor) -> tuple[int, int]:
+    """The two inner of the three leading sizes."""
+    _, size1, size2 = (1,) * (4 - rows.dim()) + tuple(rows.shape[:-1])
+    return size1, size2
 
 
-def tile(rows: Tensor, warps: int) -> tuple[int, int]:
-    """(depth, lanes) of a tile: each thread of `warps` warps loads 16 bytes from each of `depth` lines of a row.
+def kernel_strides(rows: Tensor, align: int) -> tuple[int, ...]:
+    """The three leading strides over `align`."""
+    return tuple(stride // align for stride in (0,) * (4 - rows.dim()) + rows.stride()[:-1])
+
+
+def warps() -> int:
+    """Of a program of THREADS threads."""
+    return THREADS // WARP_SIZE
+
+
+def tile(rows: Tensor) -> tuple[int, int]:
+    """(depth, lanes) of a tile: each thread loads 16 bytes from each of `depth` lines of a row.
 
     It depends on the dtype and V only, and so do the order of a row's sums and its result.
     """
-    lanes = warps * 32 * 16 // rows.element_size()
+    lanes = THREADS * 16 // rows.element_size()
     lines = -(-rows.shape[-1] // lanes)
     return min(8192 // lanes, 1 << (lines - 1).bit_length()), lanes
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """A tensor like the logits, with adjacent vocabulary too."""
+    grad = torch.empty_like(logits)
+    adjacent = grad.stride(-1) == 1 or grad.shape[-1] == 1
+    return grad if adjacent else torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:

@@ -11,23 +11,22 @@ from sdkernels.rows import device, gradient, layout
 from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_csrc, runs_triton
 
-WARPS = 8
 
-
-@jit(do_not_specialize=["layout", "span"])
+@jit(do_not_specialize=[*layout.LAYOUT, "span"])
 def _statistics_kernel(
-    logits_ptr,  # (N, V) through `layout`
+    logits_ptr,  # (N, V) through sizes and strides
     token_ids_ptr,  # (N,)
     mask_ptr,  # (N,) or None
     temperatures_ptr,  # (N / span,) or None
-    log_prob_ptr,  # (N,) float64
-    entropy_ptr,  # (N,), as the two below
-    max_ptr,
-    log_sum_ptr,
-    layout,
+    results,  # log-prob (N,) float64; entropy, maximum and log sum (N,)
+    size1,
+    size2,
+    stride0: tl.int64,
+    stride1: tl.int64,
+    stride2: tl.int64,
     vocab,
     span,
-    temperature,
+    temperature: tl.float64,
     DEPTH: tl.constexpr,
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -39,25 +38,36 @@ def _statistics_kernel(
     m = 0.0
     log_sum = 0.0
     if device.is_kept(row, token_id, mask_ptr):
-        row_ptr = logits_ptr + device.row_offset(row, layout, ALIGN)
+        row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
         row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
         log_prob, entropy, m, log_sum = device.token_statistics(row_ptr, vocab, token_id, row_temperature, DEPTH, LANES)
-    tl.store(log_prob_ptr + row, log_prob)
-    tl.store(entropy_ptr + row, entropy)
-    tl.store(max_ptr + row, m)
-    tl.store(log_sum_ptr + row, log_sum)
+    tl.store(results[0] + row, log_prob)
+    tl.store(results[1] + row, entropy)
+    tl.store(results[2] + row, m)
+    tl.store(results[3] + row, log_sum)
 
 
 def _launch(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
             outputs: tuple[Tensor, ...]) -> None:  # fmt: skip
-    depth, lanes = layout.tile(logits, WARPS)
+    depth, lanes = layout.tile(logits)
     align = layout.alignment(logits)
     with layout.on_device(logits):
         _statistics_kernel[(token_ids.numel(),)](
-            logits, token_ids, mask, temperatures, *outputs, layout.kernel_layout(logits, align), logits.shape[-1],
-            layout.span(temperatures, token_ids.numel()) if temperatures is not None else 1, temperature,
-            DEPTH=depth, LANES=lanes, ALIGN=align, num_warps=WARPS,
-        )  # fmt: skip
+            logits,
+            token_ids,
+            mask,
+            temperatures,
+            outputs,
+            *layout.kernel_sizes(logits),
+            *layout.kernel_strides(logits, align),
+            logits.shape[-1],
+            1 if temperatures is None else layout.span(temperatures, token_ids.numel()),
+            temperature,
+            DEPTH=depth,
+            LANES=lanes,
+            ALIGN=align,
+            num_warps=layout.warps(),
+        )
 
 
 def _empty_results(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,7 +100,7 @@ def row_statistics(
     if runs_triton(logits):
         _launch(logits, token_ids, mask, temperature, temperatures, outputs)
     else:
-        temperatures = None if temperatures is None else temperatures.float()
+        temperatures = None if temperatures is None else temperatures.double()
         torch.ops.sdkernels_cpu.row_statistics(logits, token_ids.long(), mask, temperature, temperatures, *outputs)
     return outputs
 
@@ -115,6 +125,8 @@ def _backward(ctx, grad_log_prob, grad_entropy, *_):
     grads = [None if x is None else x.to(statistics[1].dtype).contiguous() for x in (grad_log_prob, grad_entropy)]
     arguments = (logits, token_ids, mask, ctx.temperature, temperatures, *statistics, *grads)
     if ctx.inplace:
+        if torch.is_grad_enabled():
+            raise RuntimeError("inplace=True gives gradients that cannot be differentiated again (create_graph=True)")
         gradient.row_gradient_(*arguments)
         return logits.detach(), None, None, None, None, None
     return gradient.row_gradient(*arguments), None, None, None, None, None
