@@ -119,7 +119,7 @@ def temperature(value: Any, shape: Sequence[int], cu_seqlens: Tensor | None, lik
             return value
         return per_sequence("temperature", value, shape, cu_seqlens, like)
     number = real("temperature", value)
-    if not (math.isfinite(number) and number > 0):
+    if not 0 < number < math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {value}")
     return number
 

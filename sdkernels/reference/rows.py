@@ -16,6 +16,12 @@ def _scaled(logits: Tensor, temperature: float, temperatures: Tensor | None) -> 
     return z, at_tokens(temperatures.to(z.dtype), z.shape[:-1]).unsqueeze(-1)
 
 
+def _row_sum(x: Tensor) -> Tensor:
+    """Sums over V, (..., 1), in an order that neither threads nor the number of rows change."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % 512))
+    return x.unflatten(-1, (-1, 512)).sum(-1).sum(-1, keepdim=True)
+
+
 def row_statistics(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -24,10 +30,10 @@ def row_statistics(
     keep, valid = kept_tokens(token_ids, mask), (token_ids >= 0) & (token_ids < z.shape[-1])
     m = z.amax(-1, keepdim=True)
     y = (z - m) / t
-    log_sum = y.exp().sum(-1, keepdim=True).log()
+    log_sum = _row_sum(y.exp()).log()
     log_p = y - log_sum
     log_prob = log_p.gather(-1, token_ids.long().where(valid, 0).unsqueeze(-1))
-    entropy = -(log_p.exp() * log_p).masked_fill(log_p == -torch.inf, 0).sum(-1)
+    entropy = -_row_sum((log_p.exp() * log_p).masked_fill(log_p == -torch.inf, 0))[..., 0]
     nan = torch.where(valid, 0.0, torch.nan)
     results = (log_prob[..., 0] + nan, entropy + nan, m[..., 0], log_sum[..., 0] + nan)
     log_prob, *others = (torch.where(keep, x, 0).to(z.dtype) for x in results)

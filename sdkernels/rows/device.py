@@ -60,7 +60,7 @@ def row_temperature(row, temperature, temperatures_ptr, span):
 @jit
 def row_scale(temperature):
     """k = log2(e) / T; finite, so that the maximum's (z - m) k is 0 at any temperature."""
-    return tl.minimum(LOG2E / temperature, 3e38).to(tl.float32)
+    return tl.minimum(1.0 / temperature * LOG2E, 3e38).to(tl.float32)
 
 
 @jit

@@ -14,13 +14,18 @@ from sdkernels.rows.statistics import check_values, row_statistics
 TEACHER_STRIDES = ("teacher_stride0", "teacher_stride1", "teacher_stride2")
 
 
-@jit(do_not_specialize=[*layout.LAYOUT, *TEACHER_STRIDES, "temperature_span", "advantage_span"])
+@jit(
+    do_not_specialize=[*layout.LAYOUT, *TEACHER_STRIDES, "temperature_span", "advantage_span"],
+    do_not_specialize_on_alignment=[*layout.PER_TOKEN, "advantages_ptr", "credit_mask_ptr"],
+)
 def _evidence_kernel(
     student_ptr,  # (N, V) through sizes and strides
     teacher_ptr,  # (N, V) through sizes and teacher_strides, or (N,) log-probs where TEACHER_TILE is None
     token_ids_ptr,  # (N,)
     advantages_ptr,  # (N / advantage_span,)
-    masks,  # mask (N,) or None, credit mask (N,) or None, temperatures (N / temperature_span,) or None
+    mask_ptr,  # (N,) or None
+    credit_mask_ptr,  # (N,) or None
+    temperatures_ptr,  # (N / temperature_span,) or None
     outputs,  # seven of (N,), in the order of RLSDAdvantage
     size1,
     size2,
@@ -40,7 +45,6 @@ def _evidence_kernel(
     ALIGN: tl.constexpr,
 ):
     row = tl.program_id(0)
-    mask_ptr, credit_mask_ptr, temperatures_ptr = masks
     lam, low, high, sign, pessimistic = weighing
     token_id = tl.load(token_ids_ptr + row).to(tl.int64)
     weighted = 0.0
@@ -99,7 +103,7 @@ def _launch(
             teacher,
             token_ids,
             advantages,
-            masks,
+            *masks,
             outputs,
             *layout.kernel_sizes(student),
             *layout.kernel_strides(student, align),

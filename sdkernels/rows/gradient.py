@@ -22,7 +22,10 @@ def _gradient_block(logits, is_label, m, scale, log2_sum, slope, entropy_slope, 
     return tl.exp2(y) * slope + tl.where(is_label, label_slope, 0.0)
 
 
-@jit(do_not_specialize=[*layout.LAYOUT, "grad_stride0", "grad_stride1", "grad_stride2", "span"])
+@jit(
+    do_not_specialize=[*layout.LAYOUT, "grad_stride0", "grad_stride1", "grad_stride2", "span"],
+    do_not_specialize_on_alignment=[*layout.PER_TOKEN],
+)
 def _gradient_kernel(
     logits_ptr,  # (N, V) through sizes and strides
     grad_ptr,  # (N, V) through sizes and grad_strides; may be logits_ptr

@@ -10,6 +10,7 @@ from torch import Tensor
 
 THREADS = 256  # of a program that sweeps a row
 LAYOUT = ("size1", "size2", "stride0", "stride1", "stride2")  # kernel arguments that must not specialise
+PER_TOKEN = ("token_ids_ptr", "mask_ptr", "temperatures_ptr")  # a shifted view of these is nothing new either
 WARP_SIZE = 64 if torch.version.hip else 32
 
 
@@ -42,7 +43,7 @@ def at_tokens(values: Tensor, shape: torch.Size) -> Tensor:
 
 def alignment(*tensors: Tensor) -> int:
     """16 if every row of every tensor starts at a multiple of 16 elements and 16 bytes, else 1."""
-    strides = [stride for x in tensors for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    strides = [stride for x in tensors for stride in x.stride()[:-1]]
     return 16 if math.gcd(16, *strides) == 16 and all(x.data_ptr() % 16 == 0 for x in tensors) else 1
 
 

@@ -12,7 +12,7 @@ from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_csrc, runs_triton
 
 
-@jit(do_not_specialize=[*layout.LAYOUT, "span"])
+@jit(do_not_specialize=[*layout.LAYOUT, "span"], do_not_specialize_on_alignment=[*layout.PER_TOKEN])
 def _statistics_kernel(
     logits_ptr,  # (N, V) through sizes and strides
     token_ids_ptr,  # (N,)

@@ -1,0 +1,85 @@
+"""Settings of the whole suite. The same tests run on the CPU (csrc), under TRITON_INTERPRET=1, and on a GPU."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and not INTERPRETED else [])
+
+settings.register_profile(
+    "sdkernels",
+    deadline=None,
+    max_examples=15 if INTERPRETED else 60,
+    derandomize="CI" in os.environ,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("sdkernels")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore:.* encountered in .*:RuntimeWarning")  # the interpreter's numpy
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.*:DeprecationWarning")
+
+
+def pytest_report_header() -> str:
+    cpu = "the Triton interpreter" if INTERPRETED else "csrc"
+    return f"sdkernels: {cpu} on the CPU; devices {', '.join(DEVICES)}"
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def _poisoned(allocate):
+    """`allocate`, but what sdkernels gets from it holds NaN (integers: their least value) until it is written."""
+
+    def poisoned(*arguments, **options):
+        tensor = allocate(*arguments, **options)
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("sdkernels"):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+        return tensor
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter_rounds_bfloat16_as_gpus_do():
+    """Triton's interpreter cuts the digits off that float32 has beyond bfloat16; a GPU rounds to nearest even."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.language import bfloat16, float32
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(values, source, target, mode):
+        if (source, target) == (float32, bfloat16):
+            return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.uint16).numpy()
+        if (source, target) == (bfloat16, float32):
+            return values.astype(np.uint32) << 16
+        return convert(values, source, target, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", rounding)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poison_empty():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", _poisoned(torch.empty))
+        patch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+        yield

@@ -1,0 +1,130 @@
+"""What forward and backward allocate, and what `inplace` means."""
+
+import nasty
+import pytest
+import torch
+from closeness import assert_same_bits
+from conftest import INTERPRETED
+
+from sdkernels import grpo_loss, rlsd_loss, rlsd_token_advantage, token_log_prob
+
+B, T, V = 3, 2, 9001 if INTERPRETED else 50257
+
+
+def problem(dtype=torch.float32, device="cpu", layout="contiguous"):
+    student, teacher = (nasty.rows("gaussian", B * T, V, dtype, device).reshape(B, T, V) for _ in range(2))
+    token_ids, advantages = nasty.ids(B * T, V, device).reshape(B, T), torch.randn(B, device=device)
+    return nasty.LAYOUTS[layout](student).requires_grad_(), teacher, token_ids, advantages
+
+
+def large_allocations(function):
+    """Bytes of each CPU allocation that is at least one row of float16 logits, and what the function returns."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    events = profile.profiler.kineto_results.events()
+    return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() >= 2 * V], result
+
+
+LOSSES = {
+    "token_log_prob": lambda x, y, i, a, **o: token_log_prob(x, i).log_prob.mean(),
+    "grpo_loss": lambda x, y, i, a, **o: grpo_loss(x, i, a, **o).loss,
+    "rlsd_loss": lambda x, y, i, a, **o: rlsd_loss(x, y, i, a, **o).loss,
+    "rlsd_loss in units of entropy": lambda x, y, i, a, **o: sum(rlsd_loss(x, y, i, a, **o)[6:8]).mean(),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "time_major", "padded_vocabulary", "misaligned"])
+@pytest.mark.parametrize("dtype", nasty.DTYPES[:3])
+@pytest.mark.parametrize("name", LOSSES)
+def test_forward_allocates_nothing_large_and_backward_one_gradient(name, dtype, layout):
+    arguments = problem(dtype, layout=layout)
+    LOSSES[name](*arguments)  # so that nothing is set up for the first time below
+    allocated, loss = large_allocations(lambda: LOSSES[name](*arguments))
+    assert allocated == []
+    allocated, _ = large_allocations(lambda: torch.autograd.grad(loss, arguments[0]))
+    assert allocated == [arguments[0].numel() * arguments[0].element_size()]
+
+
+def test_token_advantages_allocate_nothing_large():
+    student, teacher, token_ids, advantages = problem(torch.bfloat16)
+    allocated, _ = large_allocations(lambda: rlsd_token_advantage(student, teacher, token_ids, advantages))
+    assert allocated == []
+
+
+@pytest.mark.parametrize("dtype", nasty.DTYPES[:3])
+@pytest.mark.parametrize("name", ["grpo_loss", "rlsd_loss"])
+def test_in_place_backward_allocates_nothing_large(name, dtype):
+    arguments = problem(dtype)
+    LOSSES[name](*arguments, inplace=True)
+    allocated, loss = large_allocations(lambda: LOSSES[name](*arguments, inplace=True))
+    assert allocated == []
+    allocated, _ = large_allocations(loss.backward)
+    assert allocated == []
+    assert arguments[0].grad.data_ptr() == arguments[0].data_ptr()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "time_major", "padded_vocabulary", "misaligned", "every_other_token"])
+@pytest.mark.parametrize("dtype", nasty.DTYPES)
+@pytest.mark.parametrize("name", ["grpo_loss", "rlsd_loss"])
+def test_in_place_writes_the_same_gradient_over_the_logits(name, dtype, layout, device):
+    arguments = problem(dtype, device, layout)
+    (expected,) = torch.autograd.grad(LOSSES[name](*arguments), arguments[0])
+    (gradient,) = torch.autograd.grad(LOSSES[name](*arguments, inplace=True), arguments[0])
+    assert_same_bits(gradient, expected)
+    assert_same_bits(arguments[0].detach(), expected)
+    assert gradient.data_ptr() == arguments[0].data_ptr()
+
+
+def test_in_place_leaves_what_lies_around_a_view_alone(device):
+    student, teacher, token_ids, advantages = problem(device=device)
+    buffer = torch.full((B, T + 1, V + 3), 7.0, device=device)
+    buffer[:, :-1, :V] = student.detach()
+    leaf = buffer[:, :-1, :V].requires_grad_()
+    rlsd_loss(leaf, teacher, token_ids, advantages, inplace=True).loss.backward()
+    (expected,) = torch.autograd.grad(rlsd_loss(student, teacher, token_ids, advantages).loss, student)
+    assert_same_bits(buffer[:, :-1, :V], expected)
+    assert (buffer[:, -1] == 7).all()
+    assert (buffer[..., V:] == 7).all()
+
+
+def test_in_place_through_a_slice_reaches_the_whole_logits(device):
+    student, teacher, token_ids, advantages = problem(device=device)
+    whole = torch.cat([student.detach(), torch.zeros(B, 1, V, device=device)], 1).requires_grad_()
+    loss = rlsd_loss((whole * 1.0)[:, :-1], teacher, token_ids, advantages, inplace=True).loss
+    (gradient,) = torch.autograd.grad(loss, whole)
+    (expected,) = torch.autograd.grad(rlsd_loss(student, teacher, token_ids, advantages).loss, student)
+    assert_same_bits(gradient[:, :-1], expected)
+    assert (gradient[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_second_backward_after_an_in_place_one_raises(dtype, device):
+    student, teacher, token_ids, advantages = problem(dtype, device)
+    output = rlsd_loss(student, teacher, token_ids, advantages, inplace=True)
+    output.loss.backward(retain_graph=True)
+    for again in (output.loss, output.student_entropy.sum()):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            again.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("consume", [torch.square, lambda x: x.log_softmax(-1) * x, lambda x: x[:, 1:].square()],
+                         ids=["itself", "a function of it", "a view"])  # fmt: skip
+def test_another_consumer_of_logits_overwritten_in_place_raises(consume, dtype, device):
+    student, _, token_ids, advantages = problem(dtype, device)
+    logits = student * 1.0
+    other = consume(logits).sum()
+    grpo_loss(logits, token_ids, advantages, inplace=True).loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_without_in_place_nothing_of_the_user_s_is_written(device):
+    student, teacher, token_ids, advantages = problem(device=device)
+    mask, old = torch.ones(B, T, device=device), torch.randn(B, T, device=device)
+    given = (student, teacher, token_ids, advantages, old, mask)
+    before = [(x._version, x.detach().clone()) for x in given]
+    rlsd_loss(student, teacher, token_ids, advantages, old, mask=mask, token_weight=mask).loss.backward()
+    for x, (version, values) in zip(given, before, strict=True):
+        assert x._version == version
+        assert torch.equal(x.detach(), values)

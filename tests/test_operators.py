@@ -1,0 +1,190 @@
+"""What PyTorch asks of operators: opcheck, gradcheck, torch.compile, meta tensors."""
+
+import nasty
+import pytest
+import torch
+from closeness import assert_same_bits
+
+from sdkernels import evidence_weighted_advantage, grpo_loss, rlsd_loss, rlsd_token_advantage, token_log_prob
+
+B, T, V = 2, 3, 21
+
+
+def problem(dtype=torch.float32, device="cpu"):
+    student, teacher = (torch.randn(B, T, V, dtype=dtype, device=device) * 2 for _ in range(2))
+    token_ids = nasty.ids(B * T, V, device).reshape(B, T)
+    token_ids[0, 1] = -100
+    mask = torch.ones(B, T, dtype=torch.bool, device=device)
+    mask[1, 0] = False
+    return student, teacher, token_ids, mask, torch.tensor([1.0, -2.0], dtype=dtype, device=device)
+
+
+def test_row_statistics_passes_opcheck(device):
+    student, _, token_ids, mask, _ = problem(device=device)
+    temperatures = torch.tensor([0.5, 2.0], device=device)
+    for logits, kept, temperature, inplace in (
+        (student, mask, None, False),
+        (student.clone().requires_grad_(), None, temperatures, False),
+        (student.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(), mask, None, False),
+    ):
+        arguments = (logits, token_ids, kept, 0.7, temperature, inplace)
+        torch.library.opcheck(torch.ops.sdkernels.row_statistics.default, arguments)
+
+
+def test_row_gradients_pass_opcheck(device):
+    student, _, token_ids, mask, _ = problem(device=device)
+    statistics = torch.ops.sdkernels.row_statistics(student, token_ids, mask, 0.7, None, False)
+    upstream = torch.randn(2, B, T, device=device)
+    arguments = (student, token_ids, mask, 0.7, None, *statistics, *upstream)
+    torch.library.opcheck(torch.ops.sdkernels.row_gradient.default, arguments)
+    torch.library.opcheck(torch.ops.sdkernels.row_gradient_.default, arguments)
+
+
+def test_rlsd_token_advantage_passes_opcheck(device):
+    student, teacher, token_ids, mask, advantages = problem(device=device)
+    tail = (mask, None, 0.7, None, 0.5, 0.8, 1.2, "all", False)
+    for judge in (teacher, -torch.rand(B, T, device=device)):
+        arguments = (student, judge, token_ids, advantages, *tail)
+        torch.library.opcheck(torch.ops.sdkernels.rlsd_token_advantage.default, arguments)
+
+
+def test_gradcheck_of_token_log_prob(device):
+    student, _, token_ids, mask, _ = problem(torch.float64, device)
+    temperature = torch.tensor([0.5, 2.0], dtype=torch.float64, device=device)
+    assert torch.autograd.gradcheck(
+        lambda x: tuple(token_log_prob(x, token_ids, temperature, mask=mask)), student.requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_gradcheck_of_grpo_loss(old, device):
+    student, _, token_ids, mask, advantages = problem(torch.float64, device)
+    log_prob = token_log_prob(student, token_ids, mask=mask).log_prob
+    old_log_prob = log_prob + torch.randn_like(log_prob) * 0.3 if old else None
+
+    def outputs(x):
+        options = dict(beta=0.1, reference_log_prob=log_prob + 0.2, token_weight=log_prob.exp(), mask=mask)
+        result = grpo_loss(x, token_ids, advantages, old_log_prob, reduction="seq-mean-token-mean", **options)
+        # without old log-probs the loss has a gradient but, r being 1, no slope that a difference could see
+        return (result.loss, result.log_prob, result.entropy) if old else (result.log_prob, result.entropy)
+
+    assert torch.autograd.gradcheck(outputs, student.requires_grad_())
+
+
+def test_gradcheck_of_rlsd_loss_with_evidence_from_the_rollout(device):
+    student, teacher, token_ids, mask, advantages = problem(torch.float64, device)
+    log_prob = token_log_prob(student, token_ids, mask=mask).log_prob
+    old_log_prob = log_prob + torch.randn_like(log_prob) * 0.1
+
+    def outputs(x):
+        result = rlsd_loss(
+            x, teacher, token_ids, advantages, old_log_prob, evidence_from="old", mask=mask, dual_clip=3.0
+        )
+        return result.loss, result.student_log_prob, result.student_entropy
+
+    assert torch.autograd.gradcheck(outputs, student.requires_grad_())
+
+
+OPTIONS = dict(temperature=0.7, beta=0.1, reduction="seq-mean-token-mean", dual_clip=3.0)
+COMPILED = {
+    "token_log_prob": lambda x, y, i, m, a, o: token_log_prob(x, i, 0.7, mask=m),
+    "grpo_loss": lambda x, y, i, m, a, o: grpo_loss(x, i, a, o, reference_log_prob=o - 0.1, mask=m, **OPTIONS),
+    "rlsd_loss": lambda x, y, i, m, a, o: rlsd_loss(x, y, i, a, o, reference_log_prob=o - 0.1, mask=m, **OPTIONS),
+    "rlsd_loss of log-probs": lambda x, y, i, m, a, o: rlsd_loss(x, o, i, a, mask=m, lam=0.5, pessimistic=True),
+    "rlsd_token_advantage": lambda x, y, i, m, a, o: rlsd_token_advantage(x, y, i, a, mask=m, credit_mask=m),
+    "evidence_weighted_advantage": lambda x, y, i, m, a, o: evidence_weighted_advantage(o, o - 0.1, a, mask=m),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_to_one_graph_that_equals_eager(name, device):
+    torch._dynamo.reset()
+    function = COMPILED[name]
+    compiled = torch.compile(function, fullgraph=True)
+    student, teacher, token_ids, mask, advantages = problem(device=device)
+    old = token_log_prob(student, token_ids, 0.7, mask=mask).log_prob + 0.05
+    results = []
+    for call in (function, compiled):
+        leaf = student.clone().requires_grad_()
+        output = call(leaf, teacher, token_ids, mask, advantages, old)
+        scalar = sum(x.sum() for x in output if x.requires_grad)
+        gradient = torch.autograd.grad(scalar, leaf)[0] if isinstance(scalar, torch.Tensor) else student
+        results.append((*output, gradient))
+    for field, eager, graph in zip((*output._fields, "gradient"), *results, strict=True):
+        # what is compiled besides the operators may be fused and so rounded elsewhere, in a few elementwise steps
+        slack = 8 * torch.finfo(torch.float32).eps * eager.abs().max()
+        assert ((graph - eager).abs() <= slack).all(), field
+        assert graph.dtype == eager.dtype
+
+
+def test_compiles_with_inplace(device):
+    torch._dynamo.reset()
+    student, teacher, token_ids, mask, advantages = problem(device=device)
+
+    def loss_and_gradient(x):
+        leaf = x.clone().requires_grad_()
+        return rlsd_loss(leaf * 1.0, teacher, token_ids, advantages, mask=mask, inplace=True).loss, leaf
+
+    loss, leaf = loss_and_gradient(student)
+    loss.backward()
+    graph = torch.compile(lambda x: rlsd_loss(x * 1.0, teacher, token_ids, advantages, mask=mask, inplace=True).loss,
+                          fullgraph=True)  # fmt: skip
+    again = student.clone().requires_grad_()
+    graph(again).backward()
+    assert ((again.grad - leaf.grad).abs() <= 8 * torch.finfo(torch.float32).eps * leaf.grad.abs().max()).all()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_another_length_or_number_does_not_break_the_graph(dynamic, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(rlsd_loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length, lam, temperature in ((3, 0.5, 1.0), (5, 0.4, 0.9), (8, 0.3, 0.8)):
+        shape = (2, length)
+        student, teacher = (torch.randn(*shape, V, device=device) for _ in range(2))
+        token_ids, advantages = (
+            nasty.ids(2 * length, V, device).reshape(shape),
+            torch.tensor([1.0, -1.0], device=device),
+        )
+        options = dict(lam=lam, temperature=temperature)
+        expected = rlsd_loss(student, teacher, token_ids, advantages, **options)
+        for eager, graph in zip(expected, compiled(student, teacher, token_ids, advantages, **options), strict=True):
+            assert ((graph - eager).abs() <= 8 * torch.finfo(torch.float32).eps * eager.abs().max()).all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_meta_tensors_go_through_so_nothing_reads_values_on_the_host(inplace):
+    """Any .item(), bool(tensor) or data-dependent shape raises on meta tensors; more than 2**31 elements are free."""
+    student = torch.empty(4, 8192, 151936, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    teacher, token_ids = torch.empty_like(student), torch.zeros(4, 8192, dtype=torch.int64, device="meta")
+    advantages, per_token = torch.zeros(4, device="meta"), torch.zeros(4, 8192, device="meta")
+    options = dict(mask=per_token, temperature=advantages, clip_range=(0.1, 0.3))
+    weighed = rlsd_token_advantage(student, teacher, token_ids, advantages, credit_mask=per_token, **options)
+    output = rlsd_loss(student, teacher, token_ids, advantages, per_token, reference_log_prob=per_token, beta=0.1,
+                       token_weight=per_token, reduction="seq-mean-token-mean", dual_clip=3.0, inplace=inplace,
+                       normalizer=torch.ones((), device="meta"), **options)  # fmt: skip
+    output.loss.backward()
+    assert {x.dtype for x in (*weighed, *output)} == {torch.float32}
+    assert student.grad.dtype == torch.bfloat16
+    ends = torch.zeros(5, dtype=torch.int32, device="meta")
+    packed = grpo_loss(student.view(-1, 151936), token_ids.view(-1), advantages, cu_seqlens=ends,
+                       reduction="seq-mean-token-sum")  # fmt: skip
+    assert packed.loss.shape == ()
+
+
+def test_nothing_synchronises_with_the_host(device):
+    if device == "cpu":
+        pytest.skip("a CPU has no queue to wait for; the meta test covers it")
+    student, teacher, token_ids, mask, advantages = problem(device=device)
+    expected = rlsd_loss(student.clone().requires_grad_(), teacher, token_ids, advantages, mask=mask).loss.item()
+    leaf = student.clone().requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rlsd_token_advantage(student, teacher, token_ids, advantages, mask=mask)
+        output = rlsd_loss(leaf, teacher, token_ids, advantages, mask=mask, reduction="seq-mean-token-mean")
+        output.loss.backward()
+        rlsd_loss(student, teacher, token_ids, advantages, mask=mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_bits(
+        rlsd_loss(leaf.detach(), teacher, token_ids, advantages, mask=mask).loss.cpu(), torch.tensor(expected)
+    )
