@@ -273,7 +273,7 @@ def rlsd_metrics(
         "ratio_clipped_above": ratio > 1 + epsilon_high,
         "information_gain_abs": output.information_gain.abs(),
         "entropy": output.student_entropy.detach(),
-        "approx_kl": ratio - 1 - ratio.log(),
+        "approx_kl": torch.where(ratio == torch.inf, ratio, ratio - 1 - ratio.log()),
     }
     return {name: torch.where(keep, value, 0).sum(dtype=ratio.dtype) / count for name, value in per_token.items()}
 
