@@ -85,17 +85,21 @@ def add_lanes(values):
 
 @jit
 def sweep(row_ptr, vocab, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """One pass over a row: its maximum m, s = sum 2^y and t = sum y 2^y. Whole tiles unmasked, then the rest."""
+    """One pass over a row: its maximum m, s = sum 2^y and t = sum y 2^y. Whole tiles, whole lines, then the rest."""
     TILE: tl.constexpr = DEPTH * LANES
     offsets = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     m = tl.full((LANES,), LOWEST, tl.float32)
     s = tl.zeros((LANES,), tl.float32)
     t = tl.zeros((LANES,), tl.float32)
-    whole = vocab // TILE * TILE
-    for start in range(0, whole, TILE):
+    tiles = vocab // TILE * TILE
+    for start in range(0, tiles, TILE):
         m, s, t = fold(m, s, t, tl.load(row_ptr + start + offsets).to(tl.float32), scale)
-    if whole < vocab:
-        rest = tl.load(row_ptr + whole + offsets, mask=whole + offsets < vocab, other=float("-inf"))
+    line = tl.arange(0, LANES)[None, :]
+    lines = vocab // LANES * LANES
+    for start in range(tiles, lines, LANES):
+        m, s, t = fold(m, s, t, tl.load(row_ptr + start + line).to(tl.float32), scale)
+    if lines < vocab:
+        rest = tl.load(row_ptr + lines + line, mask=lines + line < vocab, other=float("-inf"))
         m, s, t = fold(m, s, t, rest.to(tl.float32), scale)
     row_m = tl.max(m, 0)
     shift = tl.maximum((m - row_m) * scale, FLOOR)

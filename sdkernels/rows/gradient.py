@@ -10,8 +10,8 @@ from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_csrc, runs_triton
 
-THREADS = 128
-BLOCK_BYTES = 64 * THREADS  # of a row per program
+THREADS = 256
+BLOCK_BYTES = 32 * THREADS  # of a row per program
 
 
 @jit
