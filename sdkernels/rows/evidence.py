@@ -116,7 +116,7 @@ def _launch(
             STUDENT_TILE=layout.tile(student),
             TEACHER_TILE=layout.tile(teacher) if dense else None,
             ALIGN=align,
-            num_warps=layout.warps(),
+            **layout.sweep_options(),
         )
 
 

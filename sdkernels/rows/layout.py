@@ -58,9 +58,10 @@ def kernel_strides(rows: Tensor, align: int) -> tuple[int, ...]:
     return tuple(stride // align for stride in (0,) * (4 - rows.dim()) + rows.stride()[:-1])
 
 
-def warps() -> int:
-    """Of a program of THREADS threads."""
-    return THREADS // WARP_SIZE
+def sweep_options() -> dict[str, int]:
+    """Launch options of a program of THREADS threads: without the allowance ptxas spills to fit more programs."""
+    options = {"num_warps": THREADS // WARP_SIZE}
+    return options if WARP_SIZE == 64 else options | {"maxnreg": 128}
 
 
 def tile(rows: Tensor) -> tuple[int, int]:

@@ -66,7 +66,7 @@ def _launch(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature:
             DEPTH=depth,
             LANES=lanes,
             ALIGN=align,
-            num_warps=layout.warps(),
+            **layout.sweep_options(),
         )
 
 
