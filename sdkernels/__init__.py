@@ -11,7 +11,9 @@ from sdkernels.rlsd import (
     rlsd_metrics,
     rlsd_token_advantage,
 )
+from sdkernels.ssd import SSDLoss, SSDOutput, SSDTerms, effective_temperature, ssd_decomposition, ssd_loss
 from sdkernels.token_log_prob import TokenLogProb, token_log_prob
+from sdkernels.truncation import Support, load_support, save_support, truncated_log_softmax, truncated_support
 
 __version__ = "0.1.0"
 
@@ -22,12 +24,23 @@ __all__ = [
     "RLSDAdvantage",
     "RLSDLoss",
     "RLSDOutput",
+    "SSDLoss",
+    "SSDOutput",
+    "SSDTerms",
+    "Support",
     "TokenLogProb",
+    "effective_temperature",
     "evidence_weighted_advantage",
     "grpo_loss",
     "lambda_schedule",
+    "load_support",
     "rlsd_loss",
     "rlsd_metrics",
     "rlsd_token_advantage",
+    "save_support",
+    "ssd_decomposition",
+    "ssd_loss",
     "token_log_prob",
+    "truncated_log_softmax",
+    "truncated_support",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -35,6 +35,15 @@ def logits(name: str, value: Any) -> Tensor:
     if value.dim() == 0 or value.shape[-1] == 0:
         raise ValueError(f"{name} must have shape (..., V) with V > 0, got {tuple(value.shape)}")
     return value
+
+
+def same_logits(name: str, value: Any, like: Tensor) -> None:
+    """Constant logits of the same shape on the same device."""
+    logits(name, value)
+    same_device(name, value, like)
+    constant(name, value)
+    if value.shape != like.shape:
+        raise ValueError(f"{name} must have the student logits' shape {tuple(like.shape)}, got {tuple(value.shape)}")
 
 
 def same_device(name: str, value: Tensor, like: Tensor) -> None:
@@ -118,10 +127,18 @@ def temperature(value: Any, shape: Sequence[int], cu_seqlens: Tensor | None, lik
             floats("temperature", value, like)
             return value
         return per_sequence("temperature", value, shape, cu_seqlens, like)
-    number = real("temperature", value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"temperature must be finite and > 0, got {value}")
-    return number
+    return positive("temperature", value)
+
+
+def same_temperature(name: str, value: float | Tensor, wanted: float | Tensor, keep: Tensor) -> None:
+    """Equal temperatures, numbers or per-token tensors; tensors where their values may be read."""
+    if not isinstance(value, Tensor) and not isinstance(wanted, Tensor):
+        if value != wanted:
+            raise ValueError(f"{name} must equal temperature, {wanted}, got {value}")
+    elif not torch.compiler.is_compiling() and values_are_checked(keep):
+        different = torch.as_tensor(value != wanted, device=keep.device) & keep
+        if different.any():
+            raise ValueError(f"{name} must equal temperature, but differs for {int(different.sum())} unmasked tokens")
 
 
 def temperature_values(temperatures: Tensor, keep: Tensor) -> None:
@@ -138,11 +155,50 @@ def token_id_values(ids: Tensor, keep: Tensor, vocab: int) -> None:
         raise IndexError(f"token_ids must be in [0, {vocab}), or -100 for a masked token, got {ids[bad][0].item()}")
 
 
+def support_ids(name: str, value: Any, shape: Sequence[int], like: Tensor) -> Tensor:
+    """int32 or int64 ids (..., K)."""
+    is_tensor(name, value)
+    if value.dtype not in INDICES:
+        raise TypeError(f"{name} must hold int32 or int64 ids, got {value.dtype}")
+    if value.dim() == 0 or value.shape[:-1] != torch.Size(shape):
+        raise ValueError(
+            f"{name} must have shape (..., K) for tokens of shape {tuple(shape)}, got {tuple(value.shape)}"
+        )
+    same_device(name, value, like)
+    return value
+
+
+def support_id_values(name: str, ids: Tensor, keep: Tensor, vocab: int) -> None:
+    """The values of a support's ids (..., K), at the kept tokens."""
+    if values_are_checked(ids):
+        bad = keep.unsqueeze(-1) & ((ids < -1) | (ids >= vocab))
+        if bad.any():
+            raise IndexError(f"{name} must hold ids in [0, {vocab}), or -1 for none, got {ids[bad][0].item()}")
+
+
 def real(name: str, value: Any) -> float:
     """A Python number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """A finite number > 0."""
+    number = real(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be finite and > 0, got {value}")
+    return number
+
+
+def reals(name: str, value: Any, count: int) -> tuple[float, ...]:
+    """A sequence of so many finite numbers."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name} must be {count} numbers, got {type(value).__name__}")
+    numbers = tuple(real(name, x) for x in value)
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} must be {count} finite numbers, got {value!r}")
+    return numbers
 
 
 def at_least(name: str, value: Any, low: float) -> float:
@@ -159,6 +215,24 @@ def unit_interval(name: str, value: Any) -> float:
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
     return number
+
+
+def integer(name: str, value: Any, low: int) -> int:
+    """A Python integer >= low."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value}")
+    return int(value)
+
+
+def filters(top_k: Any, top_p: Any, min_p: Any, vocab: int) -> tuple[int, float, float]:
+    """The three truncation filters, None or what keeps everything as 0, 1.0 and 0.0."""
+    k = 0 if top_k is None else integer("top_k", top_k, 0)
+    p = 1.0 if top_p is None else real("top_p", top_p)
+    if not 0.0 < p <= 1.0:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    return k if k < vocab else 0, p, 0.0 if min_p is None else unit_interval("min_p", min_p)
 
 
 def clip_range(value: Any) -> tuple[float, float]:

@@ -12,8 +12,8 @@ from sdkernels.evidence import checked_weighing, evidence_advantage
 from sdkernels.grpo import check_policy_options, policy_loss
 from sdkernels.reductions import over_tokens
 from sdkernels.rows import evidence as rows_evidence
-from sdkernels.rows.layout import as_rows, kept_tokens
-from sdkernels.token_log_prob import kernel_temperature, kernel_values, rows_log_prob
+from sdkernels.rows.layout import as_rows, kept_tokens, kernel_temperature, kernel_values
+from sdkernels.token_log_prob import rows_log_prob
 
 
 class RLSDAdvantage(NamedTuple):

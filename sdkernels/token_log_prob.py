@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from sdkernels import _check
-from sdkernels.reductions import over_tokens
-from sdkernels.rows.layout import as_rows
-from sdkernels.rows.statistics import row_statistics
+from sdkernels.rows.layout import as_rows, at_tokens, kept_tokens, kernel_temperature
+from sdkernels.rows.statistics import check_values, row_statistics
+from sdkernels.rows.support import LISTED
+from sdkernels.rows.truncated import truncated_token_log_prob
+from sdkernels.truncation import Filters, Support, rows_support
 
 
 class TokenLogProb(NamedTuple):
@@ -25,23 +27,33 @@ def token_log_prob(
     token_ids: Tensor,  # (...)
     temperature: float | Tensor = 1.0,
     *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    support: Support | Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> TokenLogProb:
-    """log softmax(logits / temperature) at the chosen tokens, and the entropy of the softmax.
+    """log q at the chosen tokens and the entropy of q, where q is softmax(logits / temperature), truncated if asked.
 
-    Both are differentiable: the logits' gradient for upstream a and b is (a (onehot - p) - b p (log p + H)) / T.
+    Both are differentiable: the logits' gradient for upstream a and b is (a (onehot - q) - b q (log q + H)) / T on the
+    support of q, and 0 elsewhere.
 
     The forward pass reads each row once and writes nothing of size V; backward reads it again and writes the gradient:
-    in bfloat16 2 bytes per logit forward, 4 backward. Rows are read through their strides, so views cost nothing here.
-    (Autograd of a slice like ``logits[:, :-1]`` still fills a zero gradient of its own: to save it, pass all logits
-    with shifted ids, the last position masked.)
+    in bfloat16 2 bytes per logit forward, 4 backward. A truncated row whose support has at most 64 tokens is not read
+    again, and replaying a `support` reads its tokens only: 2 bytes backward. Rows are read through their strides, so
+    views cost nothing here. (Autograd of a slice like ``logits[:, :-1]`` still fills a zero gradient of its own: to
+    save it, pass all logits with shifted ids, the last position masked.)
 
     Args:
         logits: (..., V) float64, float32, bfloat16 or float16.
         token_ids: (...) int32 or int64 in [0, V); -100 masks a token.
         temperature: divides the logits; a number > 0, or a tensor (...), or (...) without time, or (S,) with
             `cu_seqlens`.
+        top_k, top_p, min_p: the filters of `truncated_log_softmax`; a token that they drop has log-prob -inf and
+            gradient 0.
+        support: replays a given set in place of the filters: a `Support`, or ids (..., K), distinct, -1 for none, as
+            inference engines record them. The chosen token is always counted in.
         mask: (...), kept where non-zero. A masked token's logits are not read, its results and gradient are 0.
         cu_seqlens: (S + 1,) int32, where packed sequences start and end.
 
@@ -59,7 +71,13 @@ def token_log_prob(
     cu_seqlens = _check.cu_seqlens(cu_seqlens, shape, logits)
     mask = _check.mask("mask", mask, shape, logits)
     temperature = _check.temperature(temperature, shape, cu_seqlens, logits)
-    log_prob, entropy = rows_log_prob(logits, token_ids, temperature, mask, cu_seqlens)
+    filters = Filters(*_check.filters(top_k, top_p, min_p, logits.shape[-1]))
+    if support is not None:
+        log_prob, entropy = _replayed_log_prob(logits, token_ids, temperature, support, filters, mask, cu_seqlens)
+    elif filters.active:
+        log_prob, entropy = _truncated_log_prob(logits, token_ids, temperature, filters, mask, cu_seqlens)
+    else:
+        log_prob, entropy = rows_log_prob(logits, token_ids, temperature, mask, cu_seqlens)
     return TokenLogProb(log_prob.to(entropy.dtype), entropy)
 
 
@@ -74,28 +92,66 @@ def rows_log_prob(
     """`token_log_prob` of checked arguments, log-prob in float64; with `inplace` backward overwrites the logits."""
     rows = as_rows(logits)
     leading = rows.shape[:-1]
-    number, temperatures = kernel_temperature(temperature, token_ids.shape, cu_seqlens)
     log_prob, entropy, _, _ = row_statistics(
         rows,
         token_ids.reshape(leading).contiguous(),
         None if mask is None else mask.reshape(leading).contiguous(),
-        number,
-        temperatures,
+        *kernel_temperature(temperature, token_ids.shape, cu_seqlens),
         inplace,
     )
     return TokenLogProb(log_prob.reshape(token_ids.shape), entropy.reshape(token_ids.shape))
 
 
-def kernel_temperature(
-    temperature: float | Tensor, shape: torch.Size, cu_seqlens: Tensor | None
-) -> tuple[float, Tensor | None]:
-    """A checked temperature as the row operations take it: a number, or float values for runs of consecutive tokens."""
-    if not isinstance(temperature, Tensor):
-        return temperature, None
-    values = temperature.detach().double()
-    return 1.0, values.reshape(1) if values.dim() == 0 else kernel_values(values, shape, cu_seqlens)
+def _truncated_log_prob(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float | Tensor,
+    filters: Filters,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> TokenLogProb:
+    rows = as_rows(logits)
+    keep = kept_tokens(token_ids, mask).reshape(rows.shape[:-1]).contiguous()
+    ids = token_ids.reshape(keep.shape).contiguous()
+    scaling = kernel_temperature(temperature, token_ids.shape, cu_seqlens)
+    support = rows_support(rows, keep, scaling, filters, LISTED)
+    log_prob, entropy = truncated_token_log_prob(rows, ids, keep, *scaling, *support)
+    return TokenLogProb(log_prob.reshape(token_ids.shape), entropy.reshape(token_ids.shape))
 
 
-def kernel_values(values: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
-    """Per-token or per-sequence values, contiguous: one for each run of consecutive tokens."""
-    return (values if cu_seqlens is None else over_tokens(values, shape, cu_seqlens)).contiguous()
+def _replayed_log_prob(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float | Tensor,
+    support: Support | Tensor,
+    filters: Filters,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> TokenLogProb:
+    """On K + 1 gathered logits a row, so plain PyTorch does: a gather forward, a scatter backward."""
+    if filters.active:
+        raise ValueError("support replaces top_k, top_p and min_p: they must be None")
+    keep = kept_tokens(token_ids, mask)
+    vocab = logits.shape[-1]
+    ids = _check.support_ids(
+        "support", support.token_ids if isinstance(support, Support) else support, token_ids.shape, logits
+    )
+    number, temperatures = kernel_temperature(temperature, token_ids.shape, cu_seqlens)
+    if not torch.compiler.is_compiling():
+        check_values(logits, token_ids, mask, temperatures)
+        _check.support_id_values("support", ids, keep, vocab)
+    label = token_ids.unsqueeze(-1)
+    places = torch.cat((ids, label.masked_fill((ids == label).any(-1, keepdim=True), -1)), -1).long()
+    live = keep.unsqueeze(-1) & (places != -1)
+    valid = (places >= 0) & (places < vocab)
+    z = logits.gather(-1, places.where(live & valid, 0)).double().where(valid, torch.nan)
+    t = number if temperatures is None else at_tokens(temperatures, keep.shape).where(keep, 1).unsqueeze(-1)
+    # Places of no token are -inf; in masked rows 0, for no gradient passes through a softmax of nothing.
+    y = torch.where(live, z / t, torch.where(keep.unsqueeze(-1), -torch.inf, 0.0))
+    log_q = y.log_softmax(-1)
+    log_prob = log_q.where(live & (places == label), 0).sum(-1)
+    log_prob = log_prob.masked_fill(log_prob == -torch.inf, -torch.inf)  # a constant: no gradient
+    surprise = log_q.masked_fill(log_q == -torch.inf, 0)
+    entropy = -(log_q.exp() * surprise).sum(-1)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return TokenLogProb(torch.where(keep, log_prob, 0), torch.where(keep, entropy, 0).to(dtype))

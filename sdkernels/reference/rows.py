@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from sdkernels.rows.layout import at_tokens, kept_tokens
+from sdkernels.rows.layout import RowSupport, at_tokens, kept_tokens
 
 
 def _scaled(logits: Tensor, temperature: float, temperatures: Tensor | None) -> tuple[Tensor, Tensor | float]:
@@ -63,3 +65,175 @@ def row_gradient(
         surprise = (p * (log_p + entropy.unsqueeze(-1))).masked_fill(log_p == -torch.inf, 0)
         grad = grad - grad_entropy.unsqueeze(-1) * surprise
     return torch.where(kept_tokens(token_ids, mask).unsqueeze(-1), grad / t, 0).to(logits.dtype)
+
+
+def row_support(
+    logits: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``sdkernels.rows.support.row_support``: by a sort, and sums in float64."""
+    z, t = _scaled(logits.double(), temperature, temperatures)
+    keep = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if mask is None else mask
+    ordered, ids = z.sort(dim=-1, descending=True, stable=True)
+    m = ordered[..., :1]
+    mass = ((ordered - m) / t).exp()
+    threshold = torch.full_like(m, torch.finfo(torch.float64).min)
+    if top_k:
+        threshold = ordered[..., top_k - 1 : top_k].maximum(threshold)
+    if top_p < 1.0:
+        mass = mass.where(ordered >= threshold, 0)
+        reached = mass.cumsum(-1)
+        threshold = ordered.where(reached - mass < top_p * reached[..., -1:], torch.inf).amin(-1, keepdim=True)
+    if min_p > 0.0:
+        threshold = threshold.maximum(m + t * math.log(min_p))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    threshold = _rounded_up(threshold.where(m.isfinite(), torch.nan), dtype)
+    support = ordered >= threshold
+    y = ((ordered - m) / t).where(support, -torch.inf)
+    log_sum = _row_sum(y.exp()).log().where(m.isfinite(), torch.nan)
+    log_q = y - log_sum
+    entropy = -_row_sum((log_q.exp() * log_q).masked_fill(log_q == -torch.inf, 0))
+    fields = (threshold[..., 0], support.sum(-1), m[..., 0], log_sum[..., 0], entropy[..., 0])
+    listed = support & keep.unsqueeze(-1)
+    token_ids, log_q = (
+        torch.nn.functional.pad(x.where(listed, nothing), (0, max(capacity - x.shape[-1], 0)), value=nothing)
+        for x, nothing in ((ids, -1), (log_q, -torch.inf))
+    )
+    threshold, size, m, log_sum, entropy = (torch.where(keep, x, 0) for x in fields)
+    return (
+        threshold.to(dtype),
+        size,
+        m.to(dtype),
+        log_sum,
+        entropy.to(dtype),
+        token_ids[..., :capacity].int().contiguous(),
+        log_q[..., :capacity].to(dtype).contiguous(),
+    )
+
+
+def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least value of `dtype` that is not below x, as x's dtype."""
+    rounded = x.to(dtype)
+    return torch.where(rounded < x, rounded.nextafter(torch.full_like(rounded, torch.inf)), rounded).to(x.dtype)
+
+
+def _log_q(logits: Tensor, temperature: float, temperatures: Tensor | None, support: RowSupport) -> Tensor:
+    """log q (..., V), -inf outside S, NaN in rows without a distribution."""
+    z, t = _scaled(logits, temperature, temperatures)
+    threshold, size, m, log_sum = (x.unsqueeze(-1) for x in support[:4])
+    log_q = ((z - m) / t - log_sum).to(z.dtype).where((z >= threshold) & (size > 0), -torch.inf)
+    return log_q.masked_fill(log_sum.isnan(), torch.nan)
+
+
+def truncated_log_softmax(
+    logits: Tensor, temperature: float, temperatures: Tensor | None, support: RowSupport, dtype: torch.dtype
+) -> Tensor:
+    """See ``sdkernels.rows.truncated.truncated_log_softmax``."""
+    return _log_q(logits, temperature, temperatures, support).to(dtype)
+
+
+def truncated_gradient(
+    logits: Tensor,
+    upstream: Tensor | None,
+    label_ids: Tensor | None,
+    on_label: Tensor | None,
+    on_entropy: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    support: RowSupport,
+) -> Tensor:
+    """See ``sdkernels.rows.truncated.truncated_gradient``."""
+    log_q = _log_q(logits, temperature, temperatures, support)
+    inside = log_q != -torch.inf
+    grad = torch.zeros_like(log_q) if upstream is None else upstream.to(log_q.dtype)
+    if label_ids is not None and on_label is not None:
+        grad = grad.scatter(-1, label_ids.long().clamp(0, log_q.shape[-1] - 1).unsqueeze(-1), on_label.unsqueeze(-1))
+    grad = grad.where(inside, 0)
+    grad = grad - log_q.exp() * _row_sum(grad)
+    if on_entropy is not None:
+        surprise = log_q.exp() * (log_q + support.entropy.unsqueeze(-1))
+        grad = grad - on_entropy.unsqueeze(-1) * surprise.where(inside, 0)
+    t = _scaled(logits, temperature, temperatures)[1]
+    return (grad / t).to(logits.dtype)
+
+
+def pair_statistics(
+    student: Tensor,
+    base: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    threshold: Tensor | None,
+    size: Tensor | None,
+    token_ids: Tensor | None,
+    log_probs: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """See ``sdkernels.rows.pair.pair_statistics``."""
+    z, t = _scaled(student.double(), temperature, temperatures)
+    keep = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if mask is None else mask
+    log_q, base_max, base_log_sum = _base_log_q(z, base, t, threshold, token_ids, log_probs)
+    inside = log_q != -torch.inf
+    m, support_m = z.amax(-1, keepdim=True), z.where(inside, -torch.inf).amax(-1, keepdim=True)
+    lse = _row_sum((z - m).exp()).log() + m
+    y = (z - support_m).where(inside, -torch.inf)
+    support_lse = _row_sum(y.exp()).log() + support_m
+    tempered_lse = _row_sum((y / t).exp()).log() * t + support_m
+    q = log_q.exp()
+    cross, negentropy = (_row_sum((q * x).where(q > 0, 0)) for x in (z, log_q))
+    valid = inside.any(-1, keepdim=True)
+    results = [x.where(valid, torch.nan)[..., 0] for x in (lse, support_lse, tempered_lse, cross, negentropy)]
+    results += [inside.sum(-1), base_log_sum[..., 0], *(x[..., 0] for x in (m, support_m, base_max))]
+    results = [torch.where(keep, x, 0) for x in results]
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    return (*results[:7], *(x.to(dtype) for x in results[7:]))
+
+
+def pair_gradient(
+    student: Tensor,
+    base: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    threshold: Tensor | None,
+    token_ids: Tensor | None,
+    log_probs: Tensor | None,
+    statistics: tuple[Tensor, ...],
+    upstream: tuple[Tensor, ...],
+) -> Tensor:
+    """See ``sdkernels.rows.pair.pair_gradient``."""
+    z, t = _scaled(student.double(), temperature, temperatures)
+    log_q = _base_log_q(z, base, t, threshold, token_ids, log_probs)[0]
+    lse, support_lse, tempered_lse = (x.unsqueeze(-1) for x in statistics[:3])
+    inside = log_q != -torch.inf
+    grad = torch.zeros_like(z)
+    parts = (z - lse, *(x.where(inside, -torch.inf) for x in (z - support_lse, (z - tempered_lse) / t)), log_q)
+    for on, log_p in zip(upstream, parts, strict=True):
+        grad = grad + torch.where(on.unsqueeze(-1) == 0, 0, on.unsqueeze(-1) * log_p.exp())
+    return grad.masked_fill(lse.isnan(), torch.nan).to(student.dtype)
+
+
+def _base_log_q(
+    like: Tensor,
+    base: Tensor | None,
+    t: Tensor | float,
+    threshold: Tensor | None,
+    token_ids: Tensor | None,
+    log_probs: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log q (..., V) of the base's logits or lists, -inf outside S; the logits' maximum and log sum over S."""
+    if base is None:
+        nothing = torch.zeros_like(like[..., :1])
+        ids = token_ids.long().where(token_ids >= 0, like.shape[-1])
+        log_q = nothing.new_full((*like.shape[:-1], like.shape[-1] + 1), -torch.inf)
+        return log_q.scatter_(-1, ids, log_probs.to(like.dtype))[..., :-1], nothing, nothing
+    b = base.to(like.dtype)
+    m = b.amax(-1, keepdim=True)
+    inside = b > -torch.inf if threshold is None else b >= threshold.unsqueeze(-1)
+    y = ((b - m) / t).where(inside, -torch.inf)
+    log_sum = _row_sum(y.exp()).log()
+    return y - log_sum, m, log_sum

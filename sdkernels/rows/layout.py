@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sdkernels import _check
+from sdkernels.reductions import over_tokens
 
 THREADS = 256  # of a program that sweeps a row
 LAYOUT = ("size1", "size2", "stride0", "stride1", "stride2")  # kernel arguments that must not specialise
 PER_TOKEN = ("token_ids_ptr", "mask_ptr", "temperatures_ptr")  # a shifted view of these is nothing new either
 WARP_SIZE = 64 if torch.version.hip else 32
+
+
+class RowSupport(NamedTuple):
+    """The support S = {z >= threshold} of each row and its distribution q = softmax(z / T) on S, all detached.
+
+    A row is *listed* if its size is at most C: then its ids and log-probs are all that later sweeps need of it. A row
+    without a distribution (NaN, +inf, or only -inf) has size 0 and NaN elsewhere; a masked one has zeros.
+    """
+
+    threshold: Tensor  # (...)
+    size: Tensor  # (...) int64, |S|
+    max: Tensor  # (...) the largest logit
+    log_sum: Tensor  # (...) float64, log sum_S exp((z - max) / T)
+    entropy: Tensor  # (...) of q
+    token_ids: Tensor  # (..., C) int32, the C most probable of S, ties by id; -1 where there are fewer
+    log_probs: Tensor  # (..., C) their log q; -inf there
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -22,6 +42,21 @@ def as_rows(logits: Tensor) -> Tensor:
     if logits.dim() > 4:
         logits = logits.flatten(0, -4)
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def kernel_temperature(
+    temperature: float | Tensor, shape: torch.Size, cu_seqlens: Tensor | None
+) -> tuple[float, Tensor | None]:
+    """A checked temperature as the row operations take it: a number, or float values for runs of consecutive tokens."""
+    if not isinstance(temperature, Tensor):
+        return temperature, None
+    values = temperature.detach().double()
+    return 1.0, values.reshape(1) if values.dim() == 0 else kernel_values(values, shape, cu_seqlens)
+
+
+def kernel_values(values: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
+    """Per-token or per-sequence values, contiguous: one for each run of consecutive tokens."""
+    return (values if cu_seqlens is None else over_tokens(values, shape, cu_seqlens)).contiguous()
 
 
 def kept_tokens(token_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -39,6 +74,13 @@ def at_tokens(values: Tensor, shape: torch.Size) -> Tensor:
     """Values of runs of consecutive tokens, at each token."""
     tokens = shape.numel()
     return values.reshape(-1, 1).expand(-1, span(values, tokens)).reshape(-1)[:tokens].reshape(shape)
+
+
+def check_temperatures(temperatures: Tensor | None, keep: Tensor | None, logits: Tensor) -> None:
+    """Refuse bad temperatures at the kept tokens, where their values may be read."""
+    if temperatures is not None and _check.values_are_checked(temperatures):
+        values = at_tokens(temperatures, logits.shape[:-1])
+        _check.temperature_values(values, torch.ones_like(values, dtype=torch.bool) if keep is None else keep)
 
 
 def alignment(*tensors: Tensor) -> int:

@@ -141,5 +141,4 @@ def check_values(logits: Tensor, token_ids: Tensor, mask: Tensor | None, tempera
         return
     keep = layout.kept_tokens(token_ids, mask)
     _check.token_id_values(token_ids, keep, logits.shape[-1])
-    if temperatures is not None:
-        _check.temperature_values(layout.at_tokens(temperatures, keep.shape), keep)
+    layout.check_temperatures(temperatures, keep, logits)

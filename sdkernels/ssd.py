@@ -1,0 +1,247 @@
+"""SSD (Simple Self-Distillation, arXiv 2604.01193): the loss, its three terms, and temperatures that multiply."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sdkernels import _check
+from sdkernels.reductions import reduce
+from sdkernels.rows.layout import as_rows, at_tokens, kernel_temperature
+from sdkernels.rows.pair import pair_statistics
+from sdkernels.rows.support import LISTED
+from sdkernels.truncation import Filters, Support, rows_support
+
+
+class SSDTerms(NamedTuple):
+    """Results of `ssd_decomposition`, each (...); all but constant and support_size are differentiable."""
+
+    support_compression: Tensor
+    within_support_reshaping: Tensor
+    base_alignment: Tensor
+    constant: Tensor
+    cross_entropy: Tensor
+    kept_mass: Tensor
+    support_size: Tensor
+
+
+class SSDOutput(NamedTuple):
+    """Results of `ssd_loss`: the loss, 0-dim or (...), and the terms of each token."""
+
+    loss: Tensor
+    terms: SSDTerms
+
+
+def ssd_decomposition(
+    student_logits: Tensor,  # (..., V)
+    base: Tensor | Support,  # (..., V) logits or a Support
+    temperature: float | Tensor,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    mask: Tensor | None = None,
+) -> SSDTerms:
+    """Split SSD's expected loss, the cross-entropy to the base's truncated distribution, into its terms (Eq. 4).
+
+    With T the training temperature, q the base's distribution at T on its support S (see `truncated_log_softmax`),
+    p the student's at temperature 1, p_S = p renormalised on S, and p_ST proportional to p^(1/T) on S:
+
+    .. math::
+        CE = -sum_v q(v) log p(v)
+           = -log sum_{v in S} p(v)       support_compression
+           + (1 - T) H_{1/T}(p_S)         within_support_reshaping    (Renyi entropy of order 1/T)
+           + T KL(q || p_ST)              base_alignment
+           + T H(q)                       constant
+
+    For upstream a, b, c on the first three the student's gradient is a (p - p_S) + b (p_S - p_ST) + c (p_ST - q).
+
+    One sweep finds the base's supports and one reads the student; backward reads the student again and writes its
+    gradient: 8 bytes per bfloat16 logit, 6 with a `Support`. Rows with more than 64 tokens in S read the base again in
+    each sweep: 12 bytes; with no filter, where no support is sought, 10.
+
+    Args:
+        student_logits: (..., V) float64, float32, bfloat16 or float16.
+        base: (..., V) logits of the base, which get no gradient; or a `Support` of the same temperature, the filters
+            then being None.
+        temperature: T, a number > 0, or a tensor (...), or (...) without time.
+        top_k, top_p, min_p: the filters of `truncated_log_softmax`, on the base.
+        mask: (...), kept where non-zero; masked rows are not read, their terms and gradient are 0.
+
+    Returns:
+        SSDTerms of the three terms, constant, cross_entropy, kept_mass = sum_{v in S} p(v) and support_size = |S|, each
+        (...): float32 in nats (float64 for float64 logits), sizes int64. A row of either that holds NaN or +inf, or
+        only -inf, and an unmasked empty support, give NaN.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
+    """
+    terms, _ = _terms(student_logits, base, temperature, top_k, top_p, min_p, mask)
+    return _in_dtype_of(student_logits, terms)
+
+
+def ssd_loss(
+    student_logits: Tensor,  # (..., V)
+    base: Tensor | Support,  # (..., V) logits or a Support
+    temperature: float | Tensor,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> SSDOutput:
+    """SSD's expected loss, -sum_v q(v) log p(v), with a weight on each of its terms.
+
+    .. math::
+        loss_t = a support_compression + b within_support_reshaping + c base_alignment + constant
+
+    With weights (a, b, c) = (1, 1, 1) it is the cross-entropy and its gradient p - q: the exact expectation, over the
+    next token, of the paper's loss on sampled tokens, ``-token_log_prob(student_logits, sampled_ids).log_prob``.
+
+    Args:
+        student_logits, base, temperature, top_k, top_p, min_p, mask: as for `ssd_decomposition`; with `cu_seqlens` a
+            temperature may be (S,).
+        weights: (a, b, c) on the first three terms.
+        token_weight: (...) factor on each token's loss.
+        reduction: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum" or "none".
+        normalizer: replaces the token count, the number of sequences, or the 1 of "sum"; under gradient accumulation
+            or DDP the global count / world size.
+        cu_seqlens: (S + 1,) int32, where packed sequences (N, V) start and end.
+
+    Returns:
+        SSDOutput(loss, terms): the loss, 0-dim (or (...) for "none"), and the SSDTerms of each token.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
+    """
+    _check.logits("student_logits", student_logits)
+    shape = student_logits.shape[:-1]
+    weights = _check.reals("weights", weights, 3)
+    cu_seqlens = _check.cu_seqlens(cu_seqlens, shape, student_logits)
+    token_weight = _check.per_token("token_weight", token_weight, shape, student_logits)
+    _check.reduction(reduction, normalizer, shape, cu_seqlens, student_logits)
+    terms, keep = _terms(student_logits, base, temperature, top_k, top_p, min_p, mask, cu_seqlens)
+    loss = terms.constant
+    for weight, term in zip(weights, terms[:3], strict=True):
+        loss = loss + weight * term if weight != 0 else loss
+    if token_weight is not None:
+        loss = torch.where(keep, loss * token_weight, 0)
+    terms = _in_dtype_of(student_logits, terms)
+    return SSDOutput(reduce(loss, keep, reduction, normalizer, cu_seqlens).to(terms.constant.dtype), terms)
+
+
+def effective_temperature(train_temperature: float, eval_temperature: float) -> float:
+    """T_eff = T_train T_eval: temperatures multiply (Lemma B.1).
+
+    A student that fits q exactly and is decoded at T_eval samples from base^(1 / (T_train T_eval)) on S.
+    """
+    product = 1.0
+    for name, value in (("train_temperature", train_temperature), ("eval_temperature", eval_temperature)):
+        product *= _check.positive(name, value)
+    return product
+
+
+class SSDLoss(nn.Module):
+    """`ssd_loss` configured once: keyword options here, tensors (and any other option) at each call."""
+
+    def __init__(self, temperature: float, **options: Any) -> None:
+        super().__init__()
+        self.options = {"temperature": temperature, **options}
+
+    def forward(self, student_logits: Tensor, base: Tensor | Support, **options: Any) -> SSDOutput:
+        """See `ssd_loss`; options given here win over those given to the module."""
+        return ssd_loss(student_logits, base, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+def _in_dtype_of(logits: Tensor, terms: SSDTerms) -> SSDTerms:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return SSDTerms(*(x.to(dtype) for x in terms[:-1]), terms.support_size)
+
+
+def _terms(
+    student_logits: Tensor,
+    base: Tensor | Support,
+    temperature: float | Tensor,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[SSDTerms, Tensor]:
+    """The terms in float64, and which tokens count."""
+    _check.logits("student_logits", student_logits)
+    shape = student_logits.shape[:-1]
+    temperature = _check.temperature(temperature, shape, cu_seqlens, student_logits)
+    mask = _check.mask("mask", mask, shape, student_logits)
+    filters = Filters(*_check.filters(top_k, top_p, min_p, student_logits.shape[-1]))
+    student = as_rows(student_logits)
+    keep = torch.ones(shape, dtype=torch.bool, device=student.device) if mask is None else mask
+    kept_rows = keep.reshape(student.shape[:-1]).contiguous()
+    scaling = kernel_temperature(temperature, shape, cu_seqlens)
+    if isinstance(base, Support):
+        token_ids, log_probs = _check_sparse_base(base, temperature, filters, keep, cu_seqlens, student_logits)
+        lists = (token_ids.int(), log_probs.to(torch.promote_types(student.dtype, torch.float32)))
+        rows = [x.detach().reshape(*kept_rows.shape, x.shape[-1]).contiguous() for x in lists]
+        results = pair_statistics(student, None, kept_rows, *scaling, None, None, *rows)
+    else:
+        _check.same_logits("base", base, student_logits)
+        base_rows = as_rows(base.detach())
+        support: tuple[Tensor | None, ...] = (None,) * 4
+        if filters.active:
+            found = rows_support(base_rows, kept_rows, scaling, filters, LISTED)
+            support = (found.threshold, found.size, found.token_ids, found.log_probs)
+        results = pair_statistics(student, base_rows, kept_rows, *scaling, *support)
+    lse, support_lse, tempered_lse, cross, negentropy, size = (x.reshape(shape) for x in results[:6])
+    t = _temperature_at_tokens(temperature, shape, cu_seqlens)
+    if isinstance(t, Tensor):
+        t = t.where(keep, 1)
+    terms = SSDTerms(
+        support_compression=lse - support_lse,
+        within_support_reshaping=support_lse - tempered_lse,
+        base_alignment=tempered_lse - cross + t * negentropy,
+        constant=-t * negentropy,
+        cross_entropy=lse - cross,
+        kept_mass=torch.where(keep, (support_lse - lse).exp(), 0),
+        support_size=size,
+    )
+    return terms, keep
+
+
+def _check_sparse_base(
+    base: Support,
+    temperature: float | Tensor,
+    filters: Filters,
+    keep: Tensor,
+    cu_seqlens: Tensor | None,
+    student_logits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The ids and log-probs of a base that is a Support."""
+    if filters.active:
+        raise ValueError("a Support as base is truncated already: top_k, top_p and min_p must be None")
+    token_ids = _check.support_ids("base.token_ids", base.token_ids, keep.shape, student_logits)
+    log_probs = _check.floats("base.log_probs", base.log_probs, student_logits)
+    if log_probs.shape != token_ids.shape:
+        raise ValueError(f"base.log_probs must have the shape of base.token_ids, {tuple(token_ids.shape)}, "
+                         f"got {tuple(log_probs.shape)}")  # fmt: skip
+    given = _check.temperature(base.temperature, keep.shape, cu_seqlens, student_logits)
+    pair = (_temperature_at_tokens(x, keep.shape, cu_seqlens) for x in (given, temperature))
+    _check.same_temperature("base.temperature", *pair, keep)
+    if not torch.compiler.is_compiling():
+        _check.support_id_values("base.token_ids", token_ids, keep, student_logits.shape[-1])
+    return token_ids, log_probs
+
+
+def _temperature_at_tokens(temperature: float | Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> float | Tensor:
+    number, values = kernel_temperature(temperature, shape, cu_seqlens)
+    return number if values is None else at_tokens(values, shape)

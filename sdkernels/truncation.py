@@ -1,0 +1,175 @@
+"""Truncated distributions: q = softmax(logits / temperature) on the tokens that top_k, top_p and min_p keep."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdkernels import _check
+from sdkernels.rows.layout import RowSupport, as_rows, kernel_temperature
+from sdkernels.rows.support import LISTED, row_support
+from sdkernels.rows.truncated import truncated_log_softmax as rows_log_softmax
+
+
+class Support(NamedTuple):
+    """A truncated distribution in sparse form, as `truncated_support` returns it.
+
+    Attributes:
+        token_ids: (..., K) int64, most probable first, ties by id; -1 marks an unused place.
+        log_probs: (..., K) log q of these tokens in nats, -inf in unused places; each row's probabilities sum to 1.
+        size: (...) int64, |S|, also where it is larger than K; 0 for masked rows.
+        temperature: what divided the logits, a number or a tensor (...).
+    """
+
+    token_ids: Tensor
+    log_probs: Tensor
+    size: Tensor
+    temperature: float | Tensor
+
+
+class Filters(NamedTuple):
+    """Checked truncation filters; 0, 1.0 and 0.0 keep everything."""
+
+    top_k: int
+    top_p: float
+    min_p: float
+
+    @property
+    def active(self) -> bool:
+        """Whether any of them can drop a token."""
+        return self != Filters(0, 1.0, 0.0)
+
+
+def rows_support(
+    rows: Tensor, mask: Tensor | None, temperature: tuple[float, Tensor | None], filters: Filters, capacity: int
+) -> RowSupport:
+    """The supports of rows as `as_rows` returns them, with lists of at most `capacity` ids."""
+    mask = None if mask is None else mask.reshape(rows.shape[:-1]).contiguous()
+    return RowSupport(*row_support(rows.detach(), mask, *temperature, *filters, capacity))
+
+
+def truncated_log_softmax(
+    logits: Tensor,  # (..., V)
+    temperature: float | Tensor = 1.0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """log q, where q is softmax(logits / temperature) renormalised on its support S: log q on S, -inf elsewhere.
+
+    S is what survives, in this order: `top_k` keeps the k largest; `top_p` renormalises and keeps the fewest largest
+    whose mass reaches it; `min_p` keeps z >= max + T log(min_p). Ties with the last token kept are kept, so S is
+    {v : z_v >= threshold} whatever the order of the vocabulary. A logit of -inf is never in S, the largest always is.
+
+    The gradient for an upstream g is (g - q sum_S(g)) / temperature on S and 0 elsewhere; S is a constant, and g
+    outside S is not read.
+
+    One sweep reads the logits and one writes the result: nothing is sorted. Where |S| <= 64 backward reads |S| numbers
+    of g and writes the gradient; larger supports are read again, 2 bytes per bfloat16 logit.
+
+    Args:
+        logits: (..., V) float64, float32, bfloat16 or float16.
+        temperature: divides the logits; a number > 0, or a tensor (...), or (...) without time.
+        top_k: at least 0; None or 0 is off.
+        top_p: in (0, 1]; None or 1 is off.
+        min_p: in [0, 1]; None or 0 is off.
+        dtype: of the result, as in `torch.log_softmax`; None means the logits'.
+
+    Returns:
+        (..., V) in nats. A row that holds NaN or +inf, or only -inf, is NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+    """
+    _check.logits("logits", logits)
+    if dtype is not None and dtype not in _check.FLOATS:
+        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+    shape = logits.shape[:-1]
+    temperature = _check.temperature(temperature, shape, None, logits)
+    filters = Filters(*_check.filters(top_k, top_p, min_p, logits.shape[-1]))
+    rows = as_rows(logits.double() if dtype == torch.float64 else logits)
+    scaling = kernel_temperature(temperature, shape, None)
+    support = rows_support(rows, None, scaling, filters, LISTED if filters.active else 0)
+    return rows_log_softmax(rows, *scaling, *support, logits.dtype if dtype is None else dtype).reshape(logits.shape)
+
+
+def truncated_support(
+    logits: Tensor,  # (..., V)
+    temperature: float | Tensor = 1.0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    max_size: int,
+    mask: Tensor | None = None,
+) -> Support:
+    """The distribution q of `truncated_log_softmax` in sparse form: ids and log-probs of at most `max_size` tokens.
+
+    Where |S| > max_size the `max_size` most probable are kept and renormalised; `size` tells the true |S|.
+
+    Args:
+        logits: (..., V) float64, float32, bfloat16 or float16; read once.
+        temperature, top_k, top_p, min_p: as for `truncated_log_softmax`.
+        max_size: at least 1, the places K of each row.
+        mask: (...), kept where non-zero; masked rows are not read, their supports are empty.
+
+    Returns:
+        Support(token_ids, log_probs, size, temperature): (..., K) int64, (..., K) float32 (float64 for float64 logits),
+        (...) int64, without gradient. A row that holds NaN or +inf, or only -inf, is empty.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+    """
+    _check.logits("logits", logits)
+    shape = logits.shape[:-1]
+    given = temperature
+    temperature = _check.temperature(temperature, shape, None, logits)
+    filters = Filters(*_check.filters(top_k, top_p, min_p, logits.shape[-1]))
+    places = _check.integer("max_size", max_size, 1)
+    mask = _check.mask("mask", mask, shape, logits)
+    found = rows_support(as_rows(logits), mask, kernel_temperature(temperature, shape, None), filters, places)
+    kept_share = found.log_probs.logsumexp(-1, keepdim=True)
+    log_probs = torch.where(found.size.unsqueeze(-1) > places, found.log_probs - kept_share, found.log_probs)
+    token_ids = found.token_ids.long().reshape(*shape, places)
+    return Support(token_ids, log_probs.reshape(*shape, places), found.size.reshape(shape),
+                   given.detach() if isinstance(given, Tensor) else given)  # fmt: skip
+
+
+def save_support(path: str | os.PathLike[str], support: Support) -> None:
+    """Write a `Support` to a safetensors file: all of it, or, if interrupted, nothing."""
+    path = Path(path)
+    temperature = support.temperature
+    if not isinstance(temperature, Tensor):
+        temperature = torch.tensor(temperature, dtype=torch.float64)
+    tensors = support._replace(token_ids=support.token_ids.int(), temperature=temperature)._asdict()
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_support(path: str | os.PathLike[str]) -> Support:
+    """Read a `Support` that `save_support` wrote, onto the CPU.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    tensors = load_file(path)
+    if set(tensors) != set(Support._fields):
+        raise ValueError(f"{os.fspath(path)} holds {sorted(tensors)}, not the fields of a Support")
+    temperature = tensors["temperature"]
+    return Support(
+        tensors["token_ids"].long(),
+        tensors["log_probs"],
+        tensors["size"],
+        temperature.item() if temperature.dim() == 0 else temperature,
+    )
