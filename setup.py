@@ -4,6 +4,7 @@ Install with ``pip install -e . --no-build-isolation``: an isolated build would 
 """
 
 import sys
+from pathlib import Path
 
 from setuptools import setup
 
@@ -25,11 +26,11 @@ else:
         "-g0",
         "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
     ]
-    sources = ["binding.cpp", "cpu/launch.cpp", "cpu/rows_avx512.cpp", "cpu/rows_avx2.cpp", "cpu/rows_plain.cpp"]
+    sources = ["binding.cpp", *sorted(path.relative_to("csrc").as_posix() for path in Path("csrc/cpu").glob("*.cpp"))]
     extension = CppExtension(
         "sdkernels._C",
         [f"csrc/{source}" for source in sources],
-        depends=["csrc/rows.h", "csrc/cpu/rows_abi.h", "csrc/cpu/launch.h"],
+        depends=sorted(path.as_posix() for path in Path("csrc").rglob("*.h")),
         extra_compile_args=flags,
         py_limited_api=True,
         optional=True,

@@ -20,8 +20,6 @@ namespace avx512 { extern const Kernels kernels; }
 
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kSplit = 32768;  // a row is cut here whatever the number of threads, so its sums never change
 constexpr int64_t kThreadWork = 32768;  // logits: less costs a thread more to start than it saves
 
 struct Named {
@@ -42,6 +40,30 @@ std::vector<Named> available() {
   return found;
 }
 
+bool in_vocabulary(int64_t token_id, int64_t vocab) { return 0 <= token_id && token_id < vocab; }
+
+Statistics split_statistics(const Kernels& kernels, const RowView& logits, int64_t row, int64_t split, float scale) {
+  const int64_t begin = split * kSplit;
+  return kernels.rows[logits.dtype].statistics(logits.at(row, begin), std::min(kSplit, logits.vocab - begin), scale);
+}
+
+void finish_row(const RowView& logits, const RowArguments& arguments, int64_t row, const Statistics& total,
+                const RowResults& results) {
+  const int64_t token_id = arguments.token_ids[row];
+  const double log_sum = std::log(total.sum);
+  // The maximum alone adds 1 to the sum, unless every logit is -inf or one is NaN.
+  const bool valid = in_vocabulary(token_id, logits.vocab) && total.sum >= 0.5;
+  const float invalid = valid ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  const float label = valid ? element(logits, row, token_id) : invalid;
+  const double centred = (static_cast<double>(label) - total.max) / arguments.temperature_of(row);
+  results.log_prob[row] = centred - log_sum;
+  results.entropy[row] = static_cast<float>(log_sum - total.weighted / (kLog2E * total.sum)) + invalid;
+  results.max[row] = total.max;
+  results.log_sum[row] = static_cast<float>(log_sum) + invalid;
+}
+
+}  // namespace
+
 float element(const RowView& view, int64_t row, int64_t column) {
   const char* source = view.at(row, column);
   switch (view.dtype) {
@@ -60,46 +82,20 @@ void set_element(const RowView& view, int64_t row, int64_t column, float value) 
   }
 }
 
-// Finite, so that the maximum's (z - m) scale is 0 at any temperature.
 float scale(double temperature) { return static_cast<float>(std::min(kLog2E / temperature, 3e38)); }
 
 int64_t grain(const RowView& logits) { return kThreadWork / std::min(logits.vocab, kThreadWork); }
 
-bool in_vocabulary(int64_t token_id, int64_t vocab) { return 0 <= token_id && token_id < vocab; }
-
-Statistics split_statistics(const Kernels& kernels, const RowView& logits, int64_t row, int64_t split, float scale) {
-  const int64_t begin = split * kSplit;
-  return kernels.statistics[logits.dtype](logits.at(row, begin), std::min(kSplit, logits.vocab - begin), scale);
-}
-
-void finish_row(const RowView& logits, const RowArguments& arguments, int64_t row, const Statistics& total,
-                const RowResults& results) {
-  const int64_t token_id = arguments.token_ids[row];
-  const double log_sum = std::log(total.sum);
-  // The maximum alone adds 1 to the sum, unless every logit is -inf or one is NaN.
-  const bool valid = in_vocabulary(token_id, logits.vocab) && total.sum >= 0.5;
-  const float invalid = valid ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  const float label = valid ? element(logits, row, token_id) : invalid;
-  const double centred = (static_cast<double>(label) - total.max) / arguments.temperature_of(row);
-  results.log_prob[row] = centred - log_sum;
-  results.entropy[row] = static_cast<float>(log_sum - total.weighted / (kLog2E * total.sum)) + invalid;
-  results.max[row] = total.max;
-  results.log_sum[row] = static_cast<float>(log_sum) + invalid;
-}
-
-// A fresh gradient costs more in page faults than in arithmetic unless its pages are huge.
-void advise_huge_pages(const RowView& grad) {
+void advise_huge_pages(const RowView& fresh) {
 #ifdef __linux__
   int64_t last = 0;
-  for (int i = 0; i < 3; ++i) last += (grad.sizes[i] - 1) * grad.strides[i];
+  for (int i = 0; i < 3; ++i) last += (fresh.sizes[i] - 1) * fresh.strides[i];
   const uintptr_t page = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(grad.data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(grad.data) + (last + grad.vocab) * grad.element_size()) / page * page;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(fresh.data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(fresh.data) + (last + fresh.vocab) * fresh.element_size()) / page * page;
   if (end > begin + (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
-
-}  // namespace
 
 char* RowView::at(int64_t row, int64_t column) const {
   const int64_t offset = row / (sizes[1] * sizes[2]) * strides[0] + row / sizes[2] % sizes[1] * strides[1] +
@@ -183,7 +179,7 @@ void row_gradient(const Kernels& kernels, const RowView& logits, const RowArgume
       const int64_t label = valid ? arguments.token_ids[row] - begin : -1;
       const bool holds_label = 0 <= label && label < count;
       const float label_logit = holds_label ? element(logits, row, begin + label) : 0.0f;
-      kernels.gradient[logits.dtype](logits.at(row, begin), target, count, c);
+      kernels.rows[logits.dtype].gradient(logits.at(row, begin), target, count, c);
       if (holds_label && on_log_prob != 0.0) {  // formed anew in full precision: adding to a rounded value loses it
         const double log2_p = (static_cast<double>(label_logit) - c.max) * c.scale - c.log2_sum;
         const double p = std::exp2(log2_p);

@@ -22,13 +22,13 @@ struct RowView {
 };
 
 struct RowArguments {
-  const int64_t* token_ids;
+  const int64_t* token_ids;    // null: no labels
   const bool* mask;            // null: every row is kept
   double temperature;          // used where temperatures is null
   const double* temperatures;  // one for each `span` consecutive rows
   int64_t span;
 
-  bool keeps(int64_t row) const { return token_ids[row] != -100 && (!mask || mask[row]); }
+  bool keeps(int64_t row) const { return (!token_ids || token_ids[row] != -100) && (!mask || mask[row]); }
   double temperature_of(int64_t row) const { return temperatures ? temperatures[row / span] : temperature; }
 };
 
@@ -42,9 +42,85 @@ struct UpstreamGradients {
   const float* entropy;  // null: zero
 };
 
+struct Filters {  // 0, 1 and 0 keep everything
+  int64_t top_k;
+  double top_p, min_p;
+
+  bool active() const { return top_k > 0 || top_p < 1.0 || min_p > 0.0; }
+};
+
+struct SupportResults {  // rows of `capacity` in the last two
+  float* threshold;
+  int64_t* size;
+  float* max;
+  double* log_sum;
+  float* entropy;
+  int32_t* token_ids;
+  float* log_probs;
+
+  void set_all(int64_t row, int64_t capacity, float value) const;  // of a row without a support
+};
+
 // Calls body(begin, end) on parts of [0, count), at least `grain` long each, in parallel.
 using ParallelFor =
     std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body)>;
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kSplit = 32768;  // a row is cut here whatever the number of threads, so its sums never change
+
+// log2(e) / T; finite, so that the maximum's (z - m) scale is 0 at any temperature.
+float scale(double temperature);
+
+// How many rows are worth a thread.
+int64_t grain(const RowView& logits);
+
+float element(const RowView& view, int64_t row, int64_t column);
+void set_element(const RowView& view, int64_t row, int64_t column, float value);
+
+// A fresh tensor costs more in page faults than in arithmetic unless its pages are huge.
+void advise_huge_pages(const RowView& fresh);
+
+// S = {v : z_v >= threshold} of a row and its q; in rows whose size is at most `capacity` also as a list, -1 for none.
+struct Supports {
+  const float* threshold;
+  const int64_t* size;
+  const float* max;
+  const double* log_sum;
+  const float* entropy;
+  const int32_t* token_ids;
+  const float* log_probs;
+  int64_t capacity;
+
+  bool listed(int64_t row) const { return size[row] <= capacity; }
+};
+
+struct SupportUpstream {
+  const RowView* log_q;  // null: zero, and so for each of these
+  const int64_t* label_ids;
+  const float *on_label, *on_entropy;
+};
+
+struct Pair {
+  const RowView* base;      // null: lists only
+  const float* threshold;   // null: S is all finite base logits
+  const int64_t* size;      // null: every row is listed, or none if there are no lists
+  const int32_t* token_ids;  // null: no lists
+  const float* log_probs;
+  int64_t capacity;
+
+  bool listed(int64_t row) const { return token_ids && (!size || size[row] <= capacity); }
+};
+
+struct PairResults {
+  double *lse, *support_lse, *tempered_lse, *cross, *negentropy;
+  int64_t* size;
+  double* base_log_sum;
+  float *max, *support_max, *base_max;
+};
+
+struct PairUpstream {
+  const double *on_lse, *on_support_lse, *on_tempered_lse, *on_cross;
+};
 
 // The names of the instruction sets that this processor can run, best first.
 std::string instruction_sets();
@@ -55,5 +131,15 @@ const Kernels* find_kernels(const std::string& name);
 void row_statistics(const Kernels&, const RowView& logits, const RowArguments&, const RowResults&, const ParallelFor&, int threads);
 void row_gradient(const Kernels&, const RowView& logits, const RowArguments&, const RowResults& saved,
                   const UpstreamGradients&, const RowView& grad, const ParallelFor&);
+void row_support(const Kernels&, const RowView& logits, const RowArguments&, const Filters&, int64_t capacity,
+                 const SupportResults&, const ParallelFor&);
+void truncated_log_softmax(const Kernels&, const RowView& logits, const RowArguments&, const Supports&,
+                           const RowView& result, const ParallelFor&);
+void truncated_gradient(const Kernels&, const RowView& logits, const RowArguments&, const Supports&,
+                        const SupportUpstream&, const RowView& grad, const ParallelFor&);
+void pair_statistics(const Kernels&, const RowView& student, const RowArguments&, const Pair&, const PairResults&,
+                     const ParallelFor&);
+void pair_gradient(const Kernels&, const RowView& student, const RowArguments&, const Pair&, const PairResults& saved,
+                   const PairUpstream&, const RowView& grad, const ParallelFor&);
 
 }  // namespace sdkernels

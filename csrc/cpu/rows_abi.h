@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <vector>
 
 namespace sdkernels {
 
@@ -102,11 +103,81 @@ struct Coefficients {
   float max, scale, log2_sum, slope, entropy_slope;
 };
 
+// Logits found so far, in the order of their ids; the vectors have room for a block more.
+struct Candidates {
+  std::vector<float> values;
+  std::vector<int32_t> ids;
+  int64_t count = 0;
+};
+
+// Factors on centred logits: log2(e) for the student's distribution, log2(e) / T for the tempered ones; S of the base.
+struct PairScales {
+  float student, tempered, threshold;
+};
+
+// Of a stretch of student logits z and base logits b: sums of 2^y relative to their own maxima, over V and over S.
+struct PairStatistics {
+  float max = kLowest, support_max = kLowest, base_max = kLowest;
+  double sum = 0.0;                             // over V, of exp(z - max)
+  double support_sum = 0.0, tempered_sum = 0.0;  // over S, of exp(z - support_max) and exp((z - support_max) / T)
+  double base_sum = 0.0, base_weighted = 0.0;    // over S, of e = 2^y with y = (b - base_max) log2(e) / T, and of e y
+  double cross = 0.0;                            // over S, of e (z - support_max)
+  int64_t size = 0;
+};
+
+inline double factor(float from, float to, double scale) { return std::exp2(std::fmax((double(from) - to) * scale, kFloor)); }
+
+inline PairStatistics merge(const PairStatistics& a, const PairStatistics& b, const PairScales& scales) {
+  PairStatistics r;
+  r.max = a.max > b.max ? a.max : b.max;
+  r.support_max = a.support_max > b.support_max ? a.support_max : b.support_max;
+  r.base_max = a.base_max > b.base_max ? a.base_max : b.base_max;
+  for (const PairStatistics* part : {&a, &b}) {
+    const double base_factor = factor(part->base_max, r.base_max, scales.tempered);
+    const double shift = std::fmax((double(part->base_max) - r.base_max) * scales.tempered, kFloor);
+    r.sum += part->sum * factor(part->max, r.max, scales.student);
+    r.support_sum += part->support_sum * factor(part->support_max, r.support_max, scales.student);
+    r.tempered_sum += part->tempered_sum * factor(part->support_max, r.support_max, scales.tempered);
+    r.base_sum += part->base_sum * base_factor;
+    r.base_weighted += (part->base_weighted + shift * part->base_sum) * base_factor;
+    r.cross += (part->cross + (double(part->support_max) - r.support_max) * part->base_sum) * base_factor;
+    r.size += part->size;
+  }
+  return r;
+}
+
+// grad_v = on_p p + [v in S] (on_support_p p_S + on_tempered_p p_ST + on_q q), each from its maximum and log2 sum.
+struct PairCoefficients {
+  PairScales scales;
+  float max, log2_sum, support_max, support_log2_sum, tempered_log2_sum, base_max, base_log2_sum;
+  float on_p, on_support_p, on_tempered_p, on_q;
+};
+
+// On S: log q = (z - max) inverse - log_sum, and grad = 2^y (slope + entropy_slope y) + upstream inverse with y = log2 q.
+struct SupportCoefficients {
+  float threshold, max, inverse, log_sum, scale, log2_sum, slope, entropy_slope;
+};
+
 enum Dtype { kFloat32, kBFloat16, kFloat16 };
 
-struct Kernels {  // indexed by Dtype
-  Statistics (*statistics[3])(const void* row, int64_t count, float scale);
-  void (*gradient[3])(const void* row, void* grad, int64_t count, const Coefficients&);
+struct RowKernels {  // of one dtype
+  Statistics (*statistics)(const void* row, int64_t count, float scale);
+  void (*gradient)(const void* row, void* grad, int64_t count, const Coefficients&);
+  bool (*collect)(const void* block, int64_t count, int64_t first_id, float bound, Candidates&);
+  int64_t (*count_at_least)(const void* row, int64_t count, float bound);
+  void (*widen)(const void* source, float* target, int64_t count);
+  void (*narrow)(const float* source, void* target, int64_t count);
 };
+
+struct Kernels {
+  RowKernels rows[3];  // by Dtype
+  PairStatistics (*pair_statistics)(const float* student, const float* base, int64_t count, const PairScales&);
+  void (*pair_gradient)(const float* student, const float* base, float* grad, int64_t count, const PairCoefficients&);
+  void (*log_softmax)(const float* logits, float* result, int64_t count, const SupportCoefficients&);
+  double (*sum_inside)(const float* logits, const float* upstream, int64_t count, float threshold);
+  void (*support_gradient)(const float* logits, const float* upstream, float* grad, int64_t count, const SupportCoefficients&);
+};
+
+constexpr int64_t kBlock = 4096;  // logits that stay in L1 while several loops read them
 
 }  // namespace sdkernels

@@ -13,7 +13,7 @@
 
 #define SDK_ISA avx2
 #define SDK_LANES 8
-#include "../rows.h"
+#include "../kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

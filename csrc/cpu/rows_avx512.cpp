@@ -13,7 +13,7 @@
 
 #define SDK_ISA avx512
 #define SDK_LANES 16
-#include "../rows.h"
+#include "../kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

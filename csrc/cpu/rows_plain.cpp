@@ -3,4 +3,4 @@
 
 #define SDK_ISA plain
 #define SDK_LANES 4
-#include "../rows.h"
+#include "../kernels.h"

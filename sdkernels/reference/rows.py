@@ -200,6 +200,7 @@ def pair_gradient(
     temperature: float,
     temperatures: Tensor | None,
     threshold: Tensor | None,
+    size: Tensor | None,
     token_ids: Tensor | None,
     log_probs: Tensor | None,
     statistics: tuple[Tensor, ...],

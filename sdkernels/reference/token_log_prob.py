@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdkernels.reductions import over_tokens
+from sdkernels.reference.truncation import log_softmax_on, temperature_column, truncate
 from sdkernels.rows.layout import kept_tokens
 from sdkernels.token_log_prob import TokenLogProb
+from sdkernels.truncation import Support
 
 
 def token_log_prob(
@@ -15,6 +16,10 @@ def token_log_prob(
     token_ids: Tensor,  # (...)
     temperature: float | Tensor = 1.0,
     *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    support: Support | Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> TokenLogProb:
@@ -22,13 +27,23 @@ def token_log_prob(
     keep = kept_tokens(token_ids, mask)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     z = torch.where(keep.unsqueeze(-1), z, 0)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(z.dtype)
-        if temperature.dim():
-            temperature = over_tokens(temperature, token_ids.shape, cu_seqlens).unsqueeze(-1)
-            temperature = torch.where(keep.unsqueeze(-1), temperature, 1)
-    log_p = (z / temperature).log_softmax(-1)
-    log_prob = log_p.gather(-1, token_ids.long().where(keep, 0).unsqueeze(-1)).squeeze(-1)
+    temperature = temperature_column(temperature, z, cu_seqlens, keep)
+    label = token_ids.long().where(keep, 0).unsqueeze(-1)
+    if support is None:
+        inside = truncate(z, temperature, top_k, top_p, min_p)
+    else:
+        ids = support.token_ids if isinstance(support, Support) else support
+        inside = _places(torch.cat((ids.where(keep.unsqueeze(-1), -1), label), -1), z)
+    log_p = log_softmax_on(inside, z, temperature)
+    log_prob = log_p.gather(-1, label).squeeze(-1)
     log_prob = log_prob.masked_fill(log_prob == -torch.inf, -torch.inf)  # a constant: no gradient
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
     return TokenLogProb(torch.where(keep, log_prob, 0), torch.where(keep, entropy, 0))
+
+
+def _places(ids: Tensor, logits: Tensor) -> Tensor:
+    """The places (..., V) that ids (..., K) name, -1 naming none, of finite logits."""
+    vocab = logits.shape[-1]
+    named = torch.zeros(*logits.shape[:-1], vocab + 1, dtype=torch.bool, device=logits.device)
+    named.scatter_(-1, ids.long().where(ids >= 0, vocab), True)
+    return named[..., :vocab] & (logits > -torch.inf)

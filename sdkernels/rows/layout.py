@@ -116,11 +116,11 @@ def tile(rows: Tensor) -> tuple[int, int]:
     return min(8192 // lanes, 1 << (lines - 1).bit_length()), lanes
 
 
-def empty_gradient(logits: Tensor) -> Tensor:
-    """A tensor like the logits, with adjacent vocabulary too."""
-    grad = torch.empty_like(logits)
+def empty_gradient(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor like the logits, of `dtype` if it is given, with adjacent vocabulary too."""
+    grad = torch.empty_like(logits, dtype=dtype)
     adjacent = grad.stride(-1) == 1 or grad.shape[-1] == 1
-    return grad if adjacent else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return grad if adjacent else torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sdkernels.reference import rows as reference
 from sdkernels.rows import layout
+from sdkernels.rows.implementations import runs_csrc, runs_triton
 
 
 @torch.library.custom_op("sdkernels::pair_statistics", mutates_args=())
@@ -31,9 +34,18 @@ def pair_statistics(
     None. In other rows S is {b >= threshold}; without lists and thresholds it is {b > -inf}.
     """
     layout.check_temperatures(temperatures, mask, student)
-    return reference.pair_statistics(
-        student, base, mask, temperature, temperatures, threshold, size, token_ids, log_probs
-    )
+    arguments = (student, base, mask, temperature, temperatures, threshold, size, token_ids, log_probs)
+    if not _runs(runs_csrc, student, base):
+        return reference.pair_statistics(*arguments)
+    outputs = _empty_statistics(student)
+    if student.shape[:-1].numel() > 0:
+        torch.ops.sdkernels_cpu.pair_statistics(*arguments, *outputs)
+    return outputs
+
+
+def _runs(implementation: Callable[[Tensor], bool], student: Tensor, base: Tensor | None) -> bool:
+    """Whether an implementation serves both rows of a pair."""
+    return implementation(student) and (base is None or implementation(base))
 
 
 def _empty_statistics(student: Tensor) -> tuple[Tensor, ...]:
@@ -95,11 +107,28 @@ def pair_gradient(
     The arguments are ``pair_statistics``', then its results, then the upstream gradients of the first four, float64.
     Each row is formed in float32 and rounded once; a row whose four coefficients are 0 is not read.
     """
-    statistics = (lse, support_lse, tempered_lse)
-    upstream = (on_lse, on_support_lse, on_tempered_lse, on_cross)
-    return reference.pair_gradient(
-        student, base, temperature, temperatures, threshold, token_ids, log_probs, statistics, upstream
+    statistics = (
+        lse,
+        support_lse,
+        tempered_lse,
+        cross,
+        negentropy,
+        support_size,
+        base_log_sum,
+        max,
+        support_max,
+        base_max,
     )
+    upstream = (on_lse, on_support_lse, on_tempered_lse, on_cross)
+    support = (threshold, size, token_ids, log_probs)
+    if not _runs(runs_csrc, student, base):
+        return reference.pair_gradient(student, base, temperature, temperatures, *support, statistics, upstream)
+    grad = layout.empty_gradient(student)
+    if student.shape[:-1].numel() > 0:
+        torch.ops.sdkernels_cpu.pair_gradient(
+            student, base, temperature, temperatures, *support, *statistics, *upstream, grad
+        )
+    return grad
 
 
 @pair_gradient.register_fake

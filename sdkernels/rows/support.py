@@ -45,7 +45,7 @@ def row_support(
     """
     layout.check_temperatures(temperatures, mask, logits)
     filters = (top_k, top_p, min_p)
-    if True or not (runs_triton(logits) or runs_csrc(logits)):
+    if not runs_csrc(logits):
         return reference.row_support(logits, mask, temperature, temperatures, *filters, capacity)
     outputs = _empty_support(logits, capacity)
     if outputs.size.numel() == 0:

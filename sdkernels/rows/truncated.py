@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sdkernels.reference import rows as reference
 from sdkernels.rows import layout
+from sdkernels.rows.implementations import runs_csrc, runs_triton
 from sdkernels.rows.layout import RowSupport
 from sdkernels.rows.statistics import check_values
 
@@ -27,12 +28,18 @@ def truncated_log_softmax(
 ) -> Tensor:
     """log q on S and -inf elsewhere, (..., V) in `dtype`; the seven tensors are `RowSupport`'s of these logits."""
     support = RowSupport(threshold, size, max, log_sum, entropy, token_ids, log_probs)
-    return reference.truncated_log_softmax(logits, temperature, temperatures, support, dtype)
+    if not runs_csrc(logits):
+        return reference.truncated_log_softmax(logits, temperature, temperatures, support, dtype)
+    result = layout.empty_gradient(logits, dtype)
+    temperatures = None if temperatures is None else temperatures.double()
+    if size.numel() > 0:
+        torch.ops.sdkernels_cpu.truncated_log_softmax(logits, temperature, temperatures, *support, result)
+    return result
 
 
 @truncated_log_softmax.register_fake
 def _(logits, *arguments):
-    return layout.empty_gradient(logits).to(arguments[-1])
+    return layout.empty_gradient(logits, arguments[-1])
 
 
 def _setup_log_softmax(ctx, inputs, output) -> None:
@@ -125,9 +132,14 @@ def truncated_gradient(
     elsewhere it is 0 and u is not read. u = ``upstream`` (..., V); a = ``on_label`` and b = ``on_entropy`` (...).
     """
     support = RowSupport(threshold, size, max, log_sum, entropy, token_ids, log_probs)
-    return reference.truncated_gradient(
-        logits, upstream, label_ids, on_label, on_entropy, temperature, temperatures, support
-    )
+    label_ids = None if label_ids is None else label_ids.long()
+    arguments = (logits, upstream, label_ids, on_label, on_entropy, temperature, temperatures)
+    if not runs_csrc(logits):
+        return reference.truncated_gradient(*arguments, support)
+    grad = layout.empty_gradient(logits)
+    if size.numel() > 0:
+        torch.ops.sdkernels_cpu.truncated_gradient(*arguments, *support, grad)
+    return grad
 
 
 @truncated_gradient.register_fake
