@@ -46,11 +46,16 @@ class Filters(NamedTuple):
 
 
 def rows_support(
-    rows: Tensor, mask: Tensor | None, temperature: tuple[float, Tensor | None], filters: Filters, capacity: int
+    rows: Tensor,
+    mask: Tensor | None,
+    temperature: tuple[float, Tensor | None],
+    filters: Filters,
+    capacity: int,
+    partial: bool = False,
 ) -> RowSupport:
     """The supports of rows as `as_rows` returns them, with lists of at most `capacity` ids."""
     mask = None if mask is None else mask.reshape(rows.shape[:-1]).contiguous()
-    return RowSupport(*row_support(rows.detach(), mask, *temperature, *filters, capacity))
+    return RowSupport(*row_support(rows.detach(), mask, *temperature, *filters, capacity, partial))
 
 
 def truncated_log_softmax(
@@ -134,7 +139,8 @@ def truncated_support(
     filters = Filters(*_check.filters(top_k, top_p, min_p, logits.shape[-1]))
     places = _check.integer("max_size", max_size, 1)
     mask = _check.mask("mask", mask, shape, logits)
-    found = rows_support(as_rows(logits), mask, kernel_temperature(temperature, shape, None), filters, places)
+    scaling = kernel_temperature(temperature, shape, None)
+    found = rows_support(as_rows(logits), mask, scaling, filters, places, partial=True)
     kept_share = found.log_probs.logsumexp(-1, keepdim=True)
     log_probs = torch.where(found.size.unsqueeze(-1) > places, found.log_probs - kept_share, found.log_probs)
     token_ids = found.token_ids.long().reshape(*shape, places)

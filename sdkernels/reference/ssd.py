@@ -38,7 +38,7 @@ def ssd_decomposition(
     inside = log_q != -torch.inf
     bad = ~z.detach().amax(-1, keepdim=True).isfinite() | log_q.isnan().any(-1, keepdim=True)
     bad = bad | ~inside.any(-1, keepdim=True)
-    z = z + torch.where(bad, torch.nan, 0.0).to(z.dtype)
+    z, log_q = (x + torch.where(bad, torch.nan, 0.0).to(z.dtype) for x in (z, log_q))
     q = log_q.exp()
 
     log_p = z.log_softmax(-1)

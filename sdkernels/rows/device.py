@@ -84,27 +84,67 @@ def add_lanes(values):
 
 
 @jit
-def sweep(row_ptr, vocab, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """One pass over a row: its maximum m, s = sum 2^y and t = sum y 2^y. Whole tiles, whole lines, then the rest."""
+def walk(row_ptr, other_ptr, vocab, state, arguments, FOLD: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """One pass over a row, or two side by side: `FOLD` takes whole tiles, whole lines, then the rest, into the state.
+
+    `FOLD(state, z, other, columns, arguments)` gets float32 logits (DEPTH, LANES) of both rows, -inf beyond the
+    vocabulary, and their columns. Without a second row both are the first.
+    """
     TILE: tl.constexpr = DEPTH * LANES
     offsets = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    m = tl.full((LANES,), LOWEST, tl.float32)
-    s = tl.zeros((LANES,), tl.float32)
-    t = tl.zeros((LANES,), tl.float32)
     tiles = vocab // TILE * TILE
     for start in range(0, tiles, TILE):
-        m, s, t = fold(m, s, t, tl.load(row_ptr + start + offsets).to(tl.float32), scale)
+        z, other = _load(row_ptr, other_ptr, start + offsets)
+        state = FOLD(state, z, other, start + offsets, arguments)
     line = tl.arange(0, LANES)[None, :]
     lines = vocab // LANES * LANES
     for start in range(tiles, lines, LANES):
-        m, s, t = fold(m, s, t, tl.load(row_ptr + start + line).to(tl.float32), scale)
+        z, other = _load(row_ptr, other_ptr, start + line)
+        state = FOLD(state, z, other, start + line, arguments)
     if lines < vocab:
-        rest = tl.load(row_ptr + lines + line, mask=lines + line < vocab, other=float("-inf"))
-        m, s, t = fold(m, s, t, rest.to(tl.float32), scale)
+        inside = lines + line < vocab
+        z = tl.load(row_ptr + lines + line, mask=inside, other=float("-inf")).to(tl.float32)
+        other = z
+        if other_ptr is not None:
+            other = tl.load(other_ptr + lines + line, mask=inside, other=float("-inf")).to(tl.float32)
+        state = FOLD(state, z, other, lines + line, arguments)
+    return state
+
+
+@jit
+def _load(row_ptr, other_ptr, columns):
+    z = tl.load(row_ptr + columns).to(tl.float32)
+    other = z
+    if other_ptr is not None:
+        other = tl.load(other_ptr + columns).to(tl.float32)
+    return z, other
+
+
+@jit
+def fold_statistics(state, z, other, columns, scale):
+    """`fold` as `walk` takes it."""
+    m, s, t = state
+    return fold(m, s, t, z, scale)
+
+
+@jit
+def add_statistics(state, scale):
+    """The row's m, s and t from its lanes'."""
+    m, s, t = state
     row_m = tl.max(m, 0)
     shift = tl.maximum((m - row_m) * scale, FLOOR)
     factor = tl.exp2(shift)
     return row_m, add_lanes(s * factor), add_lanes((t + shift * s) * factor)
+
+
+@jit
+def sweep(row_ptr, vocab, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """One pass over a row: its maximum m, s = sum 2^y and t = sum y 2^y."""
+    m = tl.full((LANES,), LOWEST, tl.float32)
+    s = tl.zeros((LANES,), tl.float32)
+    t = tl.zeros((LANES,), tl.float32)
+    state = walk(row_ptr, None, vocab, (m, s, t), scale, fold_statistics, DEPTH, LANES)
+    return add_statistics(state, scale)
 
 
 @jit

@@ -6,11 +6,192 @@ import torch
 from torch import Tensor
 
 from sdkernels.reference import rows as reference
-from sdkernels.rows import layout
+from sdkernels.rows import device, layout
+from sdkernels.rows import threshold as at
+from sdkernels.rows.device import jit, tl, triton
 from sdkernels.rows.layout import RowSupport
 from sdkernels.rows.implementations import runs_csrc, runs_triton
 
 LISTED = 64  # supports up to this size are kept as lists of token ids; larger ones as their threshold
+MOST_CANDIDATES = 4096  # that a kernel sorts
+
+
+@jit
+def _support(row_ptr, vocab, temperature, scale, filters, capacity, notes, FILTERED: tl.constexpr, PARTIAL: tl.constexpr,
+             GROUPS: tl.constexpr, SHIFT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """The maximum of a row; sum 2^y, sum y 2^y and |S| of its support, and the threshold. The list is at `notes`."""
+    top_k, top_p, min_p = filters
+    # Where top_p measures what top_k kept, min_p must not take any of it away.
+    log_rest = tl.where(top_k > 0, float("-inf"), tl.log((1.0 - top_p) / vocab)).to(tl.float32)
+    log_peak = tl.where((top_k > 0) & (top_p < 1), float("-inf"), tl.log(min_p)).to(tl.float32)
+    bounds = (temperature.to(tl.float32), log_rest, log_peak)
+    m, s, t, size, bound = at.sweep_candidates(row_ptr, vocab, scale, bounds, notes, GROUPS, DEPTH, LANES)
+    threshold = tl.zeros((), tl.float32) + device.LOWEST
+    if notes is not None:
+        if s > 0:
+            CANDIDATES: tl.constexpr = notes[2]
+            if at.counted(notes) > CANDIDATES:
+                at.note_again(row_ptr, vocab, at.first_of_group(at.order_of(bound)), notes, DEPTH, LANES)
+            count, note = at.noted(notes)
+            z = at.float_of_note(note)
+            z = tl.where(z >= bound, z, float("-inf"))  # the bound was lower at first, so these are not all there
+            y = (z - m) * scale
+            mass = tl.exp2(y)
+            listed = (note, (mass * device.FIXED_POINT).to(tl.int64))
+            if FILTERED:
+                peak = at.rounded_up(m + temperature * tl.log(min_p))
+                threshold, measured = at.threshold(bound, m, s, filters, listed, at.above_in_list, SHIFT)
+                certain = (top_k > 0) | (top_p == 1) | (device.add_lanes(mass) >= top_p * measured)
+                if (count > CANDIDATES) | ((certain == 0) & (peak < bound)):
+                    lowest = tl.zeros((), tl.float32) + device.LOWEST
+                    row = (row_ptr, vocab, m, scale, DEPTH, LANES)
+                    threshold, measured = at.threshold(lowest, m, s, filters, row, at.above_in_row, SHIFT)
+                threshold = tl.maximum(threshold, peak)
+                if (count > CANDIDATES) | (threshold < bound):
+                    size, s, t = at.sums_inside(row_ptr, vocab, threshold, m, scale, DEPTH, LANES)
+                else:
+                    inside = z >= threshold
+                    size = tl.sum(inside.to(tl.int32), 0)
+                    s = device.add_lanes(tl.where(inside, mass, 0.0))
+                    t = device.add_lanes(tl.where(inside, mass * tl.maximum(y, device.FLOOR), 0.0))
+            if (size <= capacity) | PARTIAL:
+                floor = at.first_of_group(at.order_of(threshold))
+                if count > CANDIDATES:
+                    if size > capacity:
+                        row = (row_ptr, vocab, m, scale, DEPTH, LANES)
+                        floor = at.floor_of_largest(capacity, floor, m, row, at.above_in_row)
+                    at.note_again(row_ptr, vocab, floor, notes, DEPTH, LANES)
+                else:
+                    if size > capacity:
+                        floor = at.floor_of_largest(capacity, floor, m, listed, at.above_in_list)
+                    at.write_back(note, (note >= floor) & (z >= device.LOWEST), notes)
+    return m, s, t, size, threshold
+
+
+@jit
+def _write_list(list_ptr, listed, ids_ptr, log_probs_ptr, capacity, m, temperature, log_sum, PLACES: tl.constexpr):
+    """The first `listed` notes of a list as ids and log-probs, each at its rank; -1 and -inf after them."""
+    tl.debug_barrier()
+    places = tl.arange(0, PLACES)
+    note = tl.load(list_ptr + places, mask=places < listed, other=0)
+    rank = tl.zeros((PLACES,), tl.int32)
+    some = tl.arange(0, 16)
+    for start in range(0, listed, 16):
+        others = tl.load(list_ptr + start + some, mask=start + some < listed, other=-0x8000000000000000)
+        rank += tl.sum((others[None, :] > note[:, None]).to(tl.int32), 1)
+    rank = tl.where(places < listed, rank, places)
+    log_q = ((at.float_of_note(note).to(tl.float64) - m) / temperature - log_sum).to(tl.float32)
+    tl.store(ids_ptr + rank, tl.where(places < listed, at.column_of_note(note), -1), mask=places < capacity)
+    tl.store(log_probs_ptr + rank, tl.where(places < listed, log_q, float("-inf")), mask=places < capacity)
+
+
+@jit(
+    do_not_specialize=[*layout.LAYOUT, "span", "top_k", "capacity"], do_not_specialize_on_alignment=[*layout.PER_TOKEN]
+)
+def _support_kernel(
+    logits_ptr,  # (N, V) through sizes and strides
+    mask_ptr,  # (N,) or None
+    temperatures_ptr,  # (N / span,) or None
+    results,  # threshold, maximum and entropy (N,), log sum (N,) float64, size (N,) int64
+    lists,  # token ids and log-probs (N, capacity)
+    notes_ptr,  # (N, CANDIDATES) int64, or None: no lists, no filters
+    counts_ptr,  # (N,) int32, 0 at first
+    size1,
+    size2,
+    stride0: tl.int64,
+    stride1: tl.int64,
+    stride2: tl.int64,
+    vocab,
+    span,
+    temperature: tl.float64,
+    top_k,  # 0: off
+    top_p: tl.float64,  # 1: off
+    min_p: tl.float64,  # 0: off
+    capacity,
+    FILTERED: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    PLACES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
+    kept = 1
+    if mask_ptr is not None:
+        kept = tl.load(mask_ptr + row).to(tl.int32)
+    m = tl.zeros((), tl.float32)
+    s = tl.zeros((), tl.float64) + 1.0
+    t = tl.zeros((), tl.float64)
+    size = 0
+    threshold = tl.zeros((), tl.float32)
+    notes = None
+    if notes_ptr is not None:
+        notes = (notes_ptr + row * CANDIDATES, counts_ptr + row, CANDIDATES)
+    if kept != 0:
+        row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
+        m, s, t, size, threshold = _support(
+            row_ptr, vocab, row_temperature, device.row_scale(row_temperature),
+            (top_k, tl.zeros((), tl.float64) + top_p, tl.zeros((), tl.float64) + min_p), capacity, notes,
+            FILTERED, PARTIAL, GROUPS, SHIFT, DEPTH, LANES,
+        )  # fmt: skip
+    invalid = tl.where(s > 0, 0.0, float("nan"))
+    size = tl.where(s > 0, size, 0)
+    log_sum = tl.log(s)
+    tl.store(results[0] + row, threshold + invalid)
+    tl.store(results[1] + row, size.to(tl.int64))
+    tl.store(results[2] + row, m + invalid)
+    tl.store(results[3] + row, log_sum + invalid)
+    tl.store(results[4] + row, (log_sum - t / (s * device.LOG2E)).to(tl.float32) + invalid)
+    if notes_ptr is not None:
+        listed = tl.where((size <= capacity) | PARTIAL, tl.minimum(size, capacity), 0)
+        place = row * capacity
+        _write_list(
+            notes[0], listed, lists[0] + place, lists[1] + place, capacity, m, row_temperature, log_sum, PLACES
+        )
+
+
+def _launch(logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
+            filters: tuple[int, float, float], capacity: int, partial: bool, outputs: RowSupport) -> None:  # fmt: skip
+    rows, vocab = outputs.size.numel(), logits.shape[-1]
+    depth, lanes = layout.tile(logits)
+    align = layout.alignment(logits)
+    filtered = filters != (0, 1.0, 0.0)
+    groups = triton.next_power_of_2(max(filters[0] or capacity, capacity, 1))
+    candidates = triton.next_power_of_2(max(min(vocab, 32 * groups, MOST_CANDIDATES), 1024 if vocab > 512 else 16, capacity))
+    noting = filtered or capacity > 0
+    notes = torch.empty((rows, candidates), dtype=torch.int64, device=logits.device) if noting else None
+    counts = torch.zeros((rows,), dtype=torch.int32, device=logits.device) if noting else None
+    with layout.on_device(logits):
+        _support_kernel[(rows,)](
+            logits,
+            mask,
+            temperatures,
+            outputs[:5],
+            outputs[5:],
+            notes,
+            counts,
+            *layout.kernel_sizes(logits),
+            *layout.kernel_strides(logits, align),
+            vocab,
+            1 if temperatures is None else layout.span(temperatures, rows),
+            temperature,
+            *filters,
+            capacity,
+            FILTERED=filtered,
+            PARTIAL=partial,
+            CANDIDATES=candidates,
+            PLACES=triton.next_power_of_2(max(capacity, 1)),
+            GROUPS=groups if groups <= lanes else 0,
+            SHIFT={torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}[logits.dtype],
+            DEPTH=depth,
+            LANES=lanes,
+            ALIGN=align,
+            **layout.sweep_options(),
+        )
 
 
 def _empty_support(logits: Tensor, capacity: int) -> RowSupport:
@@ -37,18 +218,24 @@ def row_support(
     top_p: float,
     min_p: float,
     capacity: int,
+    partial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `RowSupport`, with lists of `capacity` ids; top_k 0, top_p 1 and min_p 0 keep everything.
 
+    The lists of larger supports hold their most probable tokens if ``partial``, else anything.
     ``logits`` (..., V) is what ``layout.as_rows`` returns; the bool ``mask`` is contiguous, of the leading shape;
     ``temperatures``, contiguous, holds one value for each run of consecutive tokens.
     """
     layout.check_temperatures(temperatures, mask, logits)
     filters = (top_k, top_p, min_p)
-    if not runs_csrc(logits):
+    by_triton = runs_triton(logits) and capacity <= MOST_CANDIDATES
+    if not (by_triton or runs_csrc(logits)):
         return reference.row_support(logits, mask, temperature, temperatures, *filters, capacity)
     outputs = _empty_support(logits, capacity)
     if outputs.size.numel() == 0:
+        return tuple(outputs)
+    if by_triton:
+        _launch(logits, mask, temperature, temperatures, filters, capacity, partial, outputs)
         return tuple(outputs)
     temperatures = None if temperatures is None else temperatures.double()
     torch.ops.sdkernels_cpu.row_support(logits, mask, temperature, temperatures, *filters, *outputs)
@@ -56,5 +243,5 @@ def row_support(
 
 
 @row_support.register_fake
-def _(logits, mask, temperature, temperatures, top_k, top_p, min_p, capacity):
+def _(logits, mask, temperature, temperatures, top_k, top_p, min_p, capacity, partial):
     return tuple(_empty_support(logits, capacity))

@@ -1,0 +1,252 @@
+"""Device math of the threshold: which logits may survive truncation, and from where on they do, without a sort of V.
+
+One sweep keeps a list of candidates, those at least as large as a bound that rises as the row is seen; filters then
+decide among the sorted list. Where the list cannot tell, the threshold is bisected over the order of floats.
+"""
+
+from __future__ import annotations
+
+from sdkernels.rows import device
+from sdkernels.rows.device import jit, tl
+
+
+@jit
+def order_of(z):
+    """int32 in the order of the floats; -0 and +0 are one."""
+    bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def float_of(order):
+    """The float that `order_of` maps here."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@jit
+def rounded_up(x):
+    """The least float32 that is not below a float64."""
+    z = x.to(tl.float32)
+    return tl.where(z.to(tl.float64) < x, float_of(order_of(z) + 1), z)
+
+
+@jit
+def _raised(bound, m, s, scale, bounds, GROUPS: tl.constexpr):
+    """The largest number that S provably does not reach below, from lanes' maxima m and sums s so far.
+
+    Each of GROUPS >= top_k groups of lanes holds a logit at least as large as the least of their maxima; all logits
+    more than T (log(1 / (1 - top_p)) + log V) below the log-sum hold less than 1 - top_p of the mass together.
+    """
+    temperature, log_rest, log_min_p = bounds
+    row_m = tl.max(m, 0)
+    log_sum = tl.log(tl.sum(s * tl.exp2(tl.maximum((m - row_m) * scale, device.FLOOR)), 0))
+    nucleus = row_m + temperature * (log_sum + log_rest)
+    nucleus -= 1e-5 * (tl.abs(nucleus) + temperature)
+    peak = row_m + temperature * log_min_p
+    peak -= 1e-5 * (tl.abs(peak) + temperature)
+    bound = tl.maximum(bound, tl.maximum(nucleus, peak))
+    if GROUPS > 0:
+        groups = tl.max(tl.reshape(m, (m.shape[0] // GROUPS, GROUPS)), 0)
+        bound = tl.maximum(bound, tl.min(groups, 0))
+    return bound
+
+
+@jit
+def note_of(z, columns):
+    """An int64 in the order of the logits, ties by column: their order and, descending, their columns."""
+    return (order_of(z).to(tl.int64) << 32) | (0x7FFFFFFF - columns).to(tl.int64)
+
+
+@jit
+def _note(z, columns, found, notes):
+    """Put the notes of logits down in a list."""
+    list_ptr, count_ptr, CANDIDATES = notes
+    slot = tl.atomic_add(count_ptr + tl.zeros_like(columns), 1, mask=found)
+    tl.store(list_ptr + slot, note_of(z, columns), mask=found & (slot < CANDIDATES))
+
+
+@jit
+def _fold_candidates(state, z, other, columns, arguments):
+    m, s, t, finite, bound = state
+    scale, bounds, notes, GROUPS = arguments
+    m, s, t = device.fold(m, s, t, z, scale)
+    finite += tl.sum((z >= device.LOWEST).to(tl.int32), 0)
+    if notes is not None:
+        if tl.max(tl.max(z, 0), 0) >= bound:
+            bound = _raised(bound, m, s, scale, bounds, GROUPS)
+            _note(z, columns, z >= bound, notes)
+    return m, s, t, finite, bound
+
+
+@jit
+def sweep_candidates(row_ptr, vocab, scale, bounds, notes, GROUPS: tl.constexpr,
+                     DEPTH: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """`device.sweep`, with the number of finite logits, and notes of all that are at least the last bound, its fifth."""
+    m = tl.full((LANES,), device.LOWEST, tl.float32)
+    s = tl.zeros((LANES,), tl.float32)
+    t = tl.zeros((LANES,), tl.float32)
+    finite = tl.zeros((LANES,), tl.int32)
+    state = (m, s, t, finite, tl.zeros((), tl.float32) + device.LOWEST)
+    arguments = (scale, bounds, notes, GROUPS)
+    m, s, t, finite, bound = device.walk(row_ptr, None, vocab, state, arguments, _fold_candidates, DEPTH, LANES)
+    row_m, row_s, row_t = device.add_statistics((m, s, t), scale)
+    return row_m, row_s, row_t, tl.sum(finite, 0), bound
+
+
+@jit
+def counted(notes):
+    """How many logits wanted to be noted."""
+    tl.debug_barrier()  # until all threads have put theirs down
+    return tl.atomic_add(notes[1], 0)
+
+
+@jit
+def noted(notes):
+    """How many logits wanted to be noted, and the notes; the least integer beyond them."""
+    list_ptr, _, CANDIDATES = notes
+    count = counted(notes)
+    slots = tl.arange(0, CANDIDATES)
+    return count, tl.load(list_ptr + slots, mask=slots < count, other=-0x8000000000000000)
+
+
+@jit
+def float_of_note(note):
+    """The logit of a note."""
+    return float_of((note >> 32).to(tl.int32))
+
+
+@jit
+def column_of_note(note):
+    """The column of a note."""
+    return 0x7FFFFFFF - (note & 0x7FFFFFFF).to(tl.int32)
+
+
+@jit
+def above_in_list(pivot, arguments):
+    """How many notes of a list are above a pivot, and their mass; masses are in fixed point, exact in any order."""
+    notes, masses = arguments
+    above = notes > pivot
+    mass = tl.sum(tl.where(above, masses, 0), 0).to(tl.float64) / device.FIXED_POINT
+    return tl.sum(above.to(tl.int32), 0), mass
+
+
+@jit
+def _fold_above(state, z, other, columns, arguments):
+    count, mass = state
+    pivot, m, scale = arguments
+    above = (note_of(z, columns) > pivot) & (z >= device.LOWEST)
+    mass += tl.sum(tl.where(above, tl.exp2((z - m) * scale), 0.0), 0)
+    return count + tl.sum(above.to(tl.int32), 0), mass
+
+
+@jit
+def above_in_row(pivot, arguments):
+    """How many notes of a row's logits are above a pivot, and their mass relative to m: one more sweep."""
+    row_ptr, vocab, m, scale, DEPTH, LANES = arguments
+    state = (tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.float32))
+    count, mass = device.walk(row_ptr, None, vocab, state, (pivot, m, scale), _fold_above, DEPTH, LANES)
+    return tl.sum(count, 0), device.add_lanes(mass)
+
+
+@jit
+def first_of_group(order):
+    """The smallest note of the logits of an order."""
+    return order.to(tl.int64) << 32
+
+
+@jit
+def last_of_group(order):
+    """The largest note of the logits of an order."""
+    return (order.to(tl.int64) << 32) | 0x7FFFFFFF
+
+
+@jit
+def bisect(low, high, most, most_mass, arguments, ABOVE: tl.constexpr, GROUPED: tl.constexpr, SHIFT: tl.constexpr):
+    """The least in [low, high] above which are fewer than `most` logits with less mass than `most_mass`.
+
+    Of notes; GROUPED, of orders without their SHIFT low bits, which do not vary in the row's dtype.
+    """
+    while low < high:
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # their difference may overflow
+        pivot = middle
+        if GROUPED:
+            pivot = (((middle << SHIFT) | tl.where(middle < 0, (1 << SHIFT) - 1, 0)) << 32) | 0x7FFFFFFF
+        count, mass = ABOVE(pivot, arguments)
+        if (count < most) & (mass < most_mass):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@jit
+def _unshifted(order, SHIFT: tl.constexpr):
+    """An order from all but its low bits, which are 0, or 1 where it is negative."""
+    return (order << SHIFT) | tl.where(order < 0, (1 << SHIFT) - 1, 0)
+
+
+@jit
+def threshold(lowest, m, row_mass, filters, arguments, ABOVE: tl.constexpr, SHIFT: tl.constexpr):
+    """The threshold of top_k and top_p, and the mass that top_p measures: of a list, or of a row by some 32 sweeps."""
+    top_k, top_p, _ = filters
+    order = (order_of(lowest) >> SHIFT).to(tl.int64)
+    highest = (order_of(m) >> SHIFT).to(tl.int64)
+    for phase in range(2):  # by the number of logits, then by the mass of what that left
+        if ((phase == 0) & (top_k > 0)) | ((phase == 1) & (top_p < 1)):
+            most = tl.where(phase == 0, top_k, 0x7FFFFFFF)
+            most_mass = tl.where(phase == 0, float("inf"), top_p * row_mass)
+            order = bisect(order, highest, most, most_mass, arguments, ABOVE, True, SHIFT)
+            if phase == 0:
+                _, row_mass = ABOVE(last_of_group(_unshifted(order - 1, SHIFT)), arguments)
+    return float_of(_unshifted(order, SHIFT).to(tl.int32)), row_mass
+
+
+@jit
+def _fold_notes(state, z, other, columns, arguments):
+    floor, notes = arguments
+    found = (note_of(z, columns) >= floor) & (z >= device.LOWEST)
+    if tl.max(tl.max(found.to(tl.int32), 0), 0) > 0:
+        _note(z, columns, found, notes)
+    return state
+
+
+@jit
+def note_again(row_ptr, vocab, floor, notes, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """Another sweep puts down all notes that are at least `floor`, and no others."""
+    tl.debug_barrier()
+    tl.atomic_xchg(notes[1], 0)
+    tl.debug_barrier()
+    device.walk(row_ptr, None, vocab, 0, (floor, notes), _fold_notes, DEPTH, LANES)
+
+
+@jit
+def floor_of_largest(count, floor, m, arguments, ABOVE: tl.constexpr):
+    """The note of the last of so many largest logits, ties by column, or `floor` if it is higher."""
+    return bisect(floor, last_of_group(order_of(m)), count, float("inf"), arguments, ABOVE, False, 0)
+
+
+@jit
+def write_back(note, chosen, notes):
+    """Chosen notes, in no order, to the start of the list."""
+    tl.debug_barrier()
+    tl.store(notes[0] + tl.cumsum(chosen.to(tl.int32), 0) - 1, note, mask=chosen)
+    tl.debug_barrier()
+
+
+@jit
+def _fold_inside(state, z, other, columns, arguments):
+    count, s, t = state
+    threshold, m, scale = arguments
+    inside = z >= threshold
+    y = (z - m) * scale
+    e = tl.where(inside, tl.exp2(y), 0.0)
+    return count + tl.sum(inside.to(tl.int32), 0), s + tl.sum(e, 0), t + tl.sum(e * tl.maximum(y, device.FLOOR), 0)
+
+
+@jit
+def sums_inside(row_ptr, vocab, threshold, m, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """|S|, sum 2^y and sum y 2^y over S, one more sweep."""
+    zeros = tl.zeros((LANES,), tl.float32)
+    state = (tl.zeros((LANES,), tl.int32), zeros, zeros)
+    count, s, t = device.walk(row_ptr, None, vocab, state, (threshold, m, scale), _fold_inside, DEPTH, LANES)
+    return tl.sum(count, 0), device.add_lanes(s), device.add_lanes(t)
