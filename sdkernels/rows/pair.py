@@ -8,8 +8,389 @@ import torch
 from torch import Tensor
 
 from sdkernels.reference import rows as reference
-from sdkernels.rows import layout
+from sdkernels.rows import device, layout
+from sdkernels.rows.device import jit, tl, triton
 from sdkernels.rows.implementations import runs_csrc, runs_triton
+
+THREADS = 256
+BLOCK_BYTES = 32 * THREADS  # of a student's row per program of the gradient
+LIST_LANES = 256  # entries of a list at a time, at most
+STRIDES = [f"{view}stride{i}" for view in ("", "base_", "grad_") for i in range(3)]
+UNSPECIALISED = {
+    "do_not_specialize": ["size1", "size2", *STRIDES, "span", "capacity"],
+    "do_not_specialize_on_alignment": [*layout.PER_TOKEN],
+}
+
+
+@jit
+def _fold_support(state, z, base, scales):
+    """Tiles of logits on S, of the student and, -inf outside S, of the base, into lanes of running sums.
+
+    The lanes: the student's maximum m on S, the sums of 2^((z - m) scale) and of the same at T; the base's maximum and
+    the sums of e = 2^y, of e y and of e (z - m), y the base's centred and scaled logit; the number of tokens.
+    """
+    m, s, tempered, base_m, base_s, base_t, cross, size = state
+    scale, tempered_scale, base_scale = scales
+    inside = base != float("-inf")
+    on_support = tl.where(inside, z, float("-inf"))
+    new_m = tl.maximum(m, tl.max(on_support, 0))
+    centred = on_support - new_m[None, :]
+    new_base_m = tl.maximum(base_m, tl.max(base, 0))
+    y = (base - new_base_m[None, :]) * base_scale
+    e = tl.exp2(y)
+    shift = tl.maximum((base_m - new_base_m) * base_scale, device.FLOOR)
+    factor = tl.exp2(shift)
+    moved = (cross + tl.where(base_s == 0, 0.0, (m - new_m) * base_s)) * factor
+    moved = tl.where(cross == float("-inf"), cross, moved)
+    return (
+        new_m,
+        s * tl.exp2((m - new_m) * scale) + tl.sum(tl.exp2(centred * scale), 0),
+        tempered * tl.exp2((m - new_m) * tempered_scale) + tl.sum(tl.exp2(centred * tempered_scale), 0),
+        new_base_m,
+        base_s * factor + tl.sum(e, 0),
+        (base_t + shift * base_s) * factor + tl.sum(e * tl.maximum(y, device.FLOOR), 0),
+        moved + tl.sum(tl.where(e == 0, 0.0, e * centred), 0),
+        size + tl.sum(inside.to(tl.int32), 0),
+    )
+
+
+@jit
+def _no_support(LANES: tl.constexpr):
+    lowest = tl.full((LANES,), device.LOWEST, tl.float32)
+    zeros = tl.zeros((LANES,), tl.float32)
+    return lowest, zeros, zeros, lowest, zeros, zeros, zeros, tl.zeros((LANES,), tl.int32)
+
+
+@jit
+def _add_support(state, scales):
+    """The row's sums from its lanes'."""
+    m, s, tempered, base_m, base_s, base_t, cross, size = state
+    scale, tempered_scale, base_scale = scales
+    row_m = tl.max(m, 0)
+    row_base_m = tl.max(base_m, 0)
+    shift = tl.maximum((base_m - row_base_m) * base_scale, device.FLOOR)
+    factor = tl.exp2(shift)
+    moved = (cross + tl.where(base_s == 0, 0.0, (m - row_m) * base_s)) * factor
+    moved = tl.where(cross == float("-inf"), cross, moved)
+    return (
+        row_m,
+        device.add_lanes(s * tl.exp2((m - row_m) * scale)),
+        device.add_lanes(tempered * tl.exp2((m - row_m) * tempered_scale)),
+        row_base_m,
+        device.add_lanes(base_s * factor),
+        device.add_lanes((base_t + shift * base_s) * factor),
+        tl.sum(moved.to(tl.float64), 0),
+        tl.sum(size, 0),
+    )
+
+
+@jit
+def _fold_pair(state, z, base, columns, arguments):
+    row, support = state
+    threshold, scales = arguments
+    row = device.fold_statistics(row, z, z, columns, scales[0])
+    return row, _fold_support(support, z, tl.where(base < threshold, float("-inf"), base), scales)
+
+
+@jit
+def _sweep_pair(row_ptr, base_row, vocab, threshold, scales, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """One pass over both rows: the student's maximum and sum over V, and the sums on S = {b >= threshold}."""
+    zeros = tl.zeros((LANES,), tl.float32)
+    state = ((tl.full((LANES,), device.LOWEST, tl.float32), zeros, zeros), _no_support(LANES))
+    row, support = device.walk(row_ptr, base_row, vocab, state, (threshold, scales), _fold_pair, DEPTH, LANES)
+    m, s, _ = device.add_statistics(row, scales[0])
+    return m, s, _add_support(support, scales)
+
+
+@jit
+def _sweep_list(row_ptr, vocab, ids_ptr, log_probs_ptr, capacity, scales, LANES: tl.constexpr):
+    """The sums on a listed S; of the student's row only the listed logits are read."""
+    state = _no_support(LANES)
+    lanes = tl.arange(0, LANES)[None, :]
+    for start in range(0, capacity, LANES):
+        ids = tl.load(ids_ptr + start + lanes, mask=start + lanes < capacity, other=-1)
+        listed = ids >= 0
+        log_q = tl.load(log_probs_ptr + start + lanes, mask=listed, other=float("-inf"))
+        # An id outside the vocabulary is never read: it makes the row NaN.
+        z = tl.load(row_ptr + ids, mask=listed & (ids < vocab), other=float("nan")).to(tl.float32)
+        state = _fold_support(state, z, log_q, scales)
+    return _add_support(state, scales)
+
+
+@jit
+def _store_statistics(row, m, s, sums, temperature, results):
+    support_m, support_s, tempered, base_m, base_s, base_t, cross, size = sums
+    lse_ptr, support_lse_ptr, tempered_lse_ptr, cross_ptr, negentropy_ptr = results[:5]
+    size_ptr, base_log_sum_ptr, max_ptr, support_max_ptr, base_max_ptr = results[5:]
+    valid = (s > 0) & (size > 0) & (base_s == base_s) & (support_s == support_s)
+    invalid = tl.where(valid, 0.0, float("nan"))
+    base_log_sum = tl.log(base_s)
+    tl.store(lse_ptr + row, m + tl.log(s) + invalid)
+    tl.store(support_lse_ptr + row, support_m + tl.log(support_s) + invalid)
+    tl.store(tempered_lse_ptr + row, support_m + temperature * tl.log(tempered) + invalid)
+    tl.store(cross_ptr + row, support_m + cross / base_s + invalid)
+    tl.store(negentropy_ptr + row, base_t / (base_s * device.LOG2E) - base_log_sum + invalid)
+    tl.store(size_ptr + row, size.to(tl.int64))
+    tl.store(base_log_sum_ptr + row, base_log_sum)
+    tl.store(max_ptr + row, m)
+    tl.store(support_max_ptr + row, support_m)
+    tl.store(base_max_ptr + row, base_m)
+
+
+@jit(**UNSPECIALISED)
+def _pair_statistics_kernel(
+    student_ptr,  # (N, V) through sizes and strides
+    base_ptr,  # (N, V) through sizes and base_strides, or None
+    mask_ptr,  # (N,) or None
+    temperatures_ptr,  # (N / span,) or None
+    support,  # threshold and size (N,), token ids and log-probs (N, capacity); None for what is absent
+    results,  # those of pair_statistics, (N,), 0 at first
+    size1,
+    size2,
+    stride0: tl.int64,
+    stride1: tl.int64,
+    stride2: tl.int64,
+    base_stride0: tl.int64,
+    base_stride1: tl.int64,
+    base_stride2: tl.int64,
+    vocab,
+    span,
+    temperature: tl.float64,
+    capacity,
+    LIST_LANES: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    PAIR_TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    threshold_ptr, size_ptr, ids_ptr, log_probs_ptr = support
+    row = tl.program_id(0).to(tl.int64)
+    if mask_ptr is not None:
+        if tl.load(mask_ptr + row) == 0:
+            return
+    row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
+    scale = device.row_scale(tl.zeros((), tl.float64) + 1.0)
+    tempered = device.row_scale(row_temperature)
+    row_ptr = student_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
+    listed = ids_ptr is not None
+    if size_ptr is not None:
+        listed = tl.load(size_ptr + row) <= capacity
+    if ids_ptr is not None:
+        if listed:
+            m, s, _ = device.sweep(row_ptr, vocab, scale, ROW_TILE[0], ROW_TILE[1])
+            place = row * capacity
+            sums = _sweep_list(
+                row_ptr, vocab, ids_ptr + place, log_probs_ptr + place, capacity, (scale, tempered, scale), LIST_LANES
+            )
+            _store_statistics(row, m, s, sums, row_temperature, results)
+    if base_ptr is not None:
+        if listed == 0:
+            threshold = tl.zeros((), tl.float32) + device.LOWEST
+            if threshold_ptr is not None:
+                threshold = tl.load(threshold_ptr + row)
+            base_row = base_ptr + device.row_offset(row, size1, size2, base_stride0, base_stride1, base_stride2, ALIGN)
+            scales = (scale, tempered, tempered)
+            m, s, sums = _sweep_pair(row_ptr, base_row, vocab, threshold, scales, PAIR_TILE[0], PAIR_TILE[1])
+            _store_statistics(row, m, s, sums, row_temperature, results)
+
+
+@jit
+def _gradient_on_support(z, log2_q, coefficients):
+    """The gradient at tokens of S, from their logits and log2 q."""
+    _, support_m, scale, tempered, _, support_log2_sum, tempered_log2_sum, _, on_support, on_tempered, on_q = (
+        coefficients
+    )
+    centred = z - support_m
+    g = on_support * tl.exp2(centred * scale - support_log2_sum)
+    g += on_tempered * tl.exp2(centred * tempered - tempered_log2_sum)
+    return g + on_q * tl.exp2(log2_q)
+
+
+@jit
+def _gradient_on_row(z, coefficients):
+    """The gradient through the sum over V."""
+    m, _, scale, _, log2_sum, _, _, on_row, _, _, _ = coefficients
+    return on_row * tl.exp2((z - m) * scale - log2_sum)
+
+
+@jit
+def _coefficients(row, statistics, upstream, temperature):
+    """Maxima, scales, log2 sums and upstream gradients of a row, float32."""
+    lse_ptr, support_lse_ptr, tempered_lse_ptr = statistics[:3]
+    m = tl.load(statistics[7] + row)
+    support_m = tl.load(statistics[8] + row)
+    on_row = tl.load(upstream[0] + row)
+    on_support = tl.load(upstream[1] + row)
+    on_tempered = tl.load(upstream[2] + row)
+    on_q = tl.load(upstream[3] + row)
+    # Where no gradient flows a distribution may not even exist: then 0 must not meet its NaN.
+    support_log_sum = tl.where(on_support == 0, 0.0, tl.load(support_lse_ptr + row) - support_m)
+    tempered_log_sum = tl.where(on_tempered == 0, 0.0, (tl.load(tempered_lse_ptr + row) - support_m) / temperature)
+    return (
+        m,
+        support_m,
+        device.row_scale(tl.zeros((), tl.float64) + 1.0),
+        device.row_scale(temperature),
+        ((tl.load(lse_ptr + row) - m) * device.LOG2E).to(tl.float32),
+        (support_log_sum * device.LOG2E).to(tl.float32),
+        (tempered_log_sum * device.LOG2E).to(tl.float32),
+        on_row.to(tl.float32),
+        on_support.to(tl.float32),
+        on_tempered.to(tl.float32),
+        on_q.to(tl.float32),
+    )
+
+
+@jit
+def _load_block(row_ptr, columns, vocab, WHOLE: tl.constexpr):
+    if WHOLE:
+        z = tl.load(row_ptr + columns)
+    else:
+        z = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf"))
+    return z.to(tl.float32)
+
+
+@jit
+def _write_block(row_ptr, base_row, grad_row, columns, vocab, base, flows, coefficients, WHOLE: tl.constexpr):
+    """The gradient of a block: through the row, and in rows that are not listed through S."""
+    threshold, base_m, base_scale, base_log2_sum, dense = base
+    g = tl.zeros((columns.shape[0],), tl.float32)
+    if flows:
+        z = _load_block(row_ptr, columns, vocab, WHOLE)
+        g = _gradient_on_row(z, coefficients)
+        if base_row is not None:
+            if dense != 0:
+                b = _load_block(base_row, columns, vocab, WHOLE)
+                log2_q = (b - base_m) * base_scale - base_log2_sum
+                g += tl.where(b < threshold, 0.0, _gradient_on_support(z, log2_q, coefficients))
+    if WHOLE:
+        tl.store(grad_row + columns, g.to(grad_row.dtype.element_ty))
+    else:
+        tl.store(grad_row + columns, g.to(grad_row.dtype.element_ty), mask=columns < vocab)
+
+
+@jit(**UNSPECIALISED)
+def _pair_gradient_kernel(
+    student_ptr,  # (N, V) through sizes and strides
+    base_ptr,  # (N, V) through sizes and base_strides, or None
+    grad_ptr,  # (N, V) through sizes and grad_strides
+    temperatures_ptr,  # (N / span,) or None
+    support,  # threshold and size (N,), token ids and log-probs (N, capacity); None for what is absent
+    statistics,  # the results of pair_statistics, (N,)
+    upstream,  # of the first four of them, (N,) float64
+    size1,
+    size2,
+    stride0: tl.int64,
+    stride1: tl.int64,
+    stride2: tl.int64,
+    base_stride0: tl.int64,
+    base_stride1: tl.int64,
+    base_stride2: tl.int64,
+    grad_stride0: tl.int64,
+    grad_stride1: tl.int64,
+    grad_stride2: tl.int64,
+    vocab,
+    span,
+    temperature: tl.float64,
+    capacity,
+    LIST_LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    threshold_ptr, size_ptr, ids_ptr, log_probs_ptr = support
+    blocks = tl.cdiv(vocab, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    start = tl.program_id(0) % blocks * BLOCK
+    columns = start + tl.arange(0, BLOCK)
+    row_ptr = student_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
+    grad_row = grad_ptr + device.row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2, ALIGN)
+    row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
+    coefficients = _coefficients(row, statistics, upstream, row_temperature)
+    on_any = (coefficients[7] != 0) | (coefficients[8] != 0) | (coefficients[9] != 0) | (coefficients[10] != 0)
+    flows = on_any | (coefficients[4] != coefficients[4])  # a row without a distribution is NaN
+    dense = 0
+    base_row = None
+    threshold = tl.zeros((), tl.float32) + device.LOWEST
+    if base_ptr is not None:
+        base_row = base_ptr + device.row_offset(row, size1, size2, base_stride0, base_stride1, base_stride2, ALIGN)
+        dense = 1
+        if size_ptr is not None:
+            dense = (tl.load(size_ptr + row) > capacity).to(tl.int32)
+            threshold = tl.load(threshold_ptr + row)
+    base_log2_sum = (tl.load(statistics[6] + row) * device.LOG2E).to(tl.float32)
+    base = (threshold, tl.load(statistics[9] + row), device.row_scale(row_temperature), base_log2_sum, dense)
+    if start + BLOCK <= vocab:
+        _write_block(row_ptr, base_row, grad_row, columns, vocab, base, flows, coefficients, True)
+    else:
+        _write_block(row_ptr, base_row, grad_row, columns, vocab, base, flows, coefficients, False)
+    if ids_ptr is not None:
+        if (dense == 0) & flows:
+            tl.debug_barrier()  # the block is written: the listed tokens get theirs on top
+            lanes = tl.arange(0, LIST_LANES)
+            for first in range(0, capacity, LIST_LANES):
+                place = row * capacity + first + lanes
+                ids = tl.load(ids_ptr + place, mask=first + lanes < capacity, other=-1)
+                here = (ids >= start) & (ids < start + BLOCK) & (ids < vocab)
+                z = tl.load(row_ptr + ids, mask=here, other=0.0).to(tl.float32)
+                log2_q = tl.load(log_probs_ptr + place, mask=here, other=0.0) * device.LOG2E
+                g = _gradient_on_row(z, coefficients) + _gradient_on_support(z, log2_q, coefficients)
+                tl.store(grad_row + ids, g.to(grad_ptr.dtype.element_ty), mask=here)
+
+
+def _launch_statistics(student, base, mask, temperature, temperatures, support, results) -> None:
+    rows, vocab = results[0].numel(), student.shape[-1]
+    align = layout.alignment(student) if base is None else layout.alignment(student, base)
+    capacity = 0 if support[2] is None else support[2].shape[-1]
+    depth, lanes = layout.tile(student)
+    with layout.on_device(student):
+        _pair_statistics_kernel[(rows,)](
+            student,
+            base,
+            mask,
+            temperatures,
+            support,
+            results,
+            *layout.kernel_sizes(student),
+            *layout.kernel_strides(student, align),
+            *((0, 0, 0) if base is None else layout.kernel_strides(base, align)),
+            vocab,
+            1 if temperatures is None else layout.span(temperatures, rows),
+            temperature,
+            capacity,
+            LIST_LANES=min(triton.next_power_of_2(max(capacity, 1)), LIST_LANES),
+            ROW_TILE=(depth, lanes),
+            PAIR_TILE=(max(depth // 2, 1), lanes // 2),
+            ALIGN=align,
+            **layout.sweep_options(),
+        )
+
+
+def _launch_gradient(student, base, temperature, temperatures, support, statistics, upstream, grad) -> None:
+    rows, vocab = statistics[0].numel(), student.shape[-1]
+    align = layout.alignment(student, grad) if base is None else layout.alignment(student, grad, base)
+    capacity = 0 if support[2] is None else support[2].shape[-1]
+    block = BLOCK_BYTES // student.element_size()
+    with layout.on_device(student):
+        _pair_gradient_kernel[(rows * -(-vocab // block),)](
+            student,
+            base,
+            grad,
+            temperatures,
+            support,
+            statistics,
+            upstream,
+            *layout.kernel_sizes(student),
+            *layout.kernel_strides(student, align),
+            *((0, 0, 0) if base is None else layout.kernel_strides(base, align)),
+            *layout.kernel_strides(grad, align),
+            vocab,
+            1 if temperatures is None else layout.span(temperatures, rows),
+            temperature,
+            capacity,
+            LIST_LANES=min(triton.next_power_of_2(max(capacity, 1)), LIST_LANES),
+            BLOCK=block,
+            ALIGN=align,
+            num_warps=THREADS // layout.WARP_SIZE,
+        )
 
 
 @torch.library.custom_op("sdkernels::pair_statistics", mutates_args=())
@@ -35,10 +416,17 @@ def pair_statistics(
     """
     layout.check_temperatures(temperatures, mask, student)
     arguments = (student, base, mask, temperature, temperatures, threshold, size, token_ids, log_probs)
-    if not _runs(runs_csrc, student, base):
+    by_triton = _runs(runs_triton, student, base)
+    if not (by_triton or _runs(runs_csrc, student, base)):
         return reference.pair_statistics(*arguments)
     outputs = _empty_statistics(student)
-    if student.shape[:-1].numel() > 0:
+    if student.shape[:-1].numel() == 0:
+        return outputs
+    if by_triton:
+        outputs = tuple(x.zero_() for x in outputs)  # masked rows are left as they are
+        support = (threshold, size, token_ids, log_probs)
+        _launch_statistics(student, base, mask, temperature, temperatures, support, outputs)
+    else:
         torch.ops.sdkernels_cpu.pair_statistics(*arguments, *outputs)
     return outputs
 
@@ -121,10 +509,15 @@ def pair_gradient(
     )
     upstream = (on_lse, on_support_lse, on_tempered_lse, on_cross)
     support = (threshold, size, token_ids, log_probs)
-    if not _runs(runs_csrc, student, base):
+    by_triton = _runs(runs_triton, student, base)
+    if not (by_triton or _runs(runs_csrc, student, base)):
         return reference.pair_gradient(student, base, temperature, temperatures, *support, statistics, upstream)
     grad = layout.empty_gradient(student)
-    if student.shape[:-1].numel() > 0:
+    if student.shape[:-1].numel() == 0:
+        return grad
+    if by_triton:
+        _launch_gradient(student, base, temperature, temperatures, support, statistics, upstream, grad)
+    else:
         torch.ops.sdkernels_cpu.pair_gradient(
             student, base, temperature, temperatures, *support, *statistics, *upstream, grad
         )

@@ -9,8 +9,8 @@ from sdkernels.reference import rows as reference
 from sdkernels.rows import device, layout
 from sdkernels.rows import threshold as at
 from sdkernels.rows.device import jit, tl, triton
-from sdkernels.rows.layout import RowSupport
 from sdkernels.rows.implementations import runs_csrc, runs_triton
+from sdkernels.rows.layout import RowSupport
 
 LISTED = 64  # supports up to this size are kept as lists of token ids; larger ones as their threshold
 MOST_CANDIDATES = 4096  # that a kernel sorts
@@ -149,9 +149,7 @@ def _support_kernel(
     if notes_ptr is not None:
         listed = tl.where((size <= capacity) | PARTIAL, tl.minimum(size, capacity), 0)
         place = row * capacity
-        _write_list(
-            notes[0], listed, lists[0] + place, lists[1] + place, capacity, m, row_temperature, log_sum, PLACES
-        )
+        _write_list(notes[0], listed, lists[0] + place, lists[1] + place, capacity, m, row_temperature, log_sum, PLACES)
 
 
 def _launch(logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
@@ -161,7 +159,9 @@ def _launch(logits: Tensor, mask: Tensor | None, temperature: float, temperature
     align = layout.alignment(logits)
     filtered = filters != (0, 1.0, 0.0)
     groups = triton.next_power_of_2(max(filters[0] or capacity, capacity, 1))
-    candidates = triton.next_power_of_2(max(min(vocab, 32 * groups, MOST_CANDIDATES), 1024 if vocab > 512 else 16, capacity))
+    candidates = triton.next_power_of_2(
+        max(min(vocab, 32 * groups, MOST_CANDIDATES), 1024 if vocab > 512 else 16, capacity)
+    )
     noting = filtered or capacity > 0
     notes = torch.empty((rows, candidates), dtype=torch.int64, device=logits.device) if noting else None
     counts = torch.zeros((rows,), dtype=torch.int32, device=logits.device) if noting else None
