@@ -2,8 +2,8 @@
 
 ``python tests/aot.py`` needs no GPU: the launchers run on CPU tensors with the launch replaced by compilation for
 sm_80, sm_90, sm_100 and gfx942. Per kernel it prints registers, spills, shared memory and the widths of the loads and
-stores found in the machine code, and it fails on any spill, and on a narrow load in a row loop (for the gradient, which
-has no loop: on fewer 16-byte loads and stores than its block of the row needs) over rows at 16-byte boundaries.
+stores found in the machine code, and it fails on any spill, and, over rows at 16-byte boundaries, on narrow loads: in
+the row loops of sweeps that read nothing else, and elsewhere on fewer 16-byte accesses than a block of a row needs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from sdkernels.evidence import Weighing
-from sdkernels.rows import evidence, gradient, layout, statistics
+from sdkernels.rows import evidence, gradient, layout, pair, statistics, support, truncated
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,6 +39,15 @@ TARGETS = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = 3
 CUDA_WIDTHS = {"": 4, "64": 8, "128": 16, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+WIDE_ACCESSES = {  # that a kernel needs for its tile or block of a row: loads, stores
+    "gradient": (2, 2),
+    "support": (4, 0),
+    "log softmax": (2, 2),
+    "upstream sum": (4, 0),
+    "truncated gradient": (2, 2),
+    "pair statistics": (1, 0),
+    "pair gradient": (2, 2),
+}
 HIP_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "sshort": 2, "short": 2,
               "ubyte": 1, "sbyte": 1, "byte": 1}  # fmt: skip
 
@@ -51,11 +60,11 @@ class Case:
     dtype: torch.dtype
     rows: str  # "even": V divisible by 16; "padded": V odd, rows aligned; "odd": V odd, rows anywhere
     options: bool
-    teacher: torch.dtype | None = None  # of the evidence kernel; None: log-probs
+    other: torch.dtype | None = None  # of a teacher (None: log-probs), an upstream gradient, a base (None: a Support)
 
     def __str__(self) -> str:
         parts = [self.op, str(self.dtype)[6:], self.rows, "options" if self.options else "plain"]
-        return " ".join(parts + ([] if self.teacher is None else [f"teacher {str(self.teacher)[6:]}"]))
+        return " ".join(parts + ([] if self.other is None else [f"and {str(self.other)[6:]}"]))
 
 
 @dataclass
@@ -75,10 +84,15 @@ def cases() -> Iterator[Case]:
     for rows in ("even", "padded", "odd"):
         for options in (False, True):
             for dtype in DTYPES:
-                yield Case("statistics", dtype, rows, options)
-                yield Case("gradient", dtype, rows, options)
-                for teacher in (None, *DTYPES):
-                    yield Case("evidence", dtype, rows, options, teacher)
+                for op in ("statistics", "gradient", "support", "log softmax", "truncated gradient"):
+                    yield Case(op, dtype, rows, options)
+                yield Case("upstream sum", dtype, rows, options, dtype)
+                yield Case("truncated gradient", dtype, rows, options, dtype)
+                for other in (None, *DTYPES):
+                    yield Case("evidence", dtype, rows, options, other)
+                for other in dict.fromkeys((None, dtype, torch.float32)):
+                    yield Case("pair statistics", dtype, rows, options, other)
+                    yield Case("pair gradient", dtype, rows, options, other)
 
 
 def logits(case: Case, dtype: torch.dtype) -> Tensor:
@@ -90,19 +104,41 @@ def logits(case: Case, dtype: torch.dtype) -> Tensor:
 
 def launch(case: Case) -> None:
     """Call the launcher that the operator would call."""
-    student = logits(case, case.dtype)
+    rows = logits(case, case.dtype)
+    other = None if case.other is None else logits(case, case.other)
     ids = torch.zeros(TOKENS, dtype=torch.int32 if case.options else torch.int64)
-    values = torch.ones(TOKENS)
-    mask, temperatures, grad_entropy = (values.bool(), values.double(), values) if case.options else (None, None, None)
+    values, doubles, sizes = torch.ones(TOKENS), torch.ones(TOKENS).double(), torch.ones(TOKENS).long()
+    mask, temperatures, present = (values.bool(), doubles, values) if case.options else (None, None, None)
+    places = torch.zeros(TOKENS, support.LISTED)
+    found = layout.RowSupport(values, sizes, values, doubles, values, places.int(), places)
+    sparse = (None, None, found.token_ids, found.log_probs)
+    dense = (found.threshold, found.size, *sparse[2:]) if case.options else (None,) * 4
+    pair_support = sparse if other is None else dense
+    pair_results = (*(doubles,) * 5, sizes, doubles, *(values,) * 3)
     if case.op == "statistics":
-        statistics._launch(student, ids, mask, 0.7, temperatures, (values.double(), *(values,) * 3))
+        statistics._launch(rows, ids, mask, 0.7, temperatures, (doubles, *(values,) * 3))
     elif case.op == "gradient":
-        grad = logits(case, case.dtype)
-        gradient._launch(student, grad, ids, mask, 0.7, temperatures, (values.double(), *(values,) * 4, grad_entropy))
-    else:
-        teacher = values if case.teacher is None else logits(case, case.teacher)
+        gradient._launch(rows, rows.clone(), ids, mask, 0.7, temperatures, (doubles, *(values,) * 4, present))
+    elif case.op == "evidence":
+        teacher = values if other is None else other
         options = ((mask, mask, temperatures), (values,) * 7, 0.7, Weighing(0.5, 0.8, 1.2, "all", False))
-        evidence._launch(student, teacher, ids, values, *options)
+        evidence._launch(rows, teacher, ids, values, *options)
+    elif case.op == "support":
+        filters = (20, 0.8, 0.1) if case.options else (0, 0.95, 0.0)
+        support._launch(rows, mask, 0.7, temperatures, filters, support.LISTED, case.options, found)
+    elif case.op == "log softmax":
+        truncated._launch_log_softmax(rows, 0.7, temperatures, found, rows.clone())
+    elif case.op == "upstream sum":
+        truncated._upstream_sum(rows, other, found)
+    elif case.op == "truncated gradient":
+        label = (None, None, None) if case.other else (ids, values, present)
+        with mock.patch.object(truncated, "_upstream_sum", lambda *_: doubles):
+            truncated._launch_gradient(rows, other, *label, 0.7, temperatures, found, rows.clone())
+    elif case.op == "pair statistics":
+        pair._launch_statistics(rows, other, mask, 0.7, temperatures, pair_support, pair_results)
+    elif case.op == "pair gradient":
+        arguments = (pair_support, pair_results, (doubles,) * 4, rows.clone())
+        pair._launch_gradient(rows, other, 0.7, temperatures, *arguments)
 
 
 def launched_by(case: Case) -> tuple[JITFunction, tuple, dict]:
@@ -193,12 +229,14 @@ def faults(case: Case, report: Report) -> list[str]:
     found = [f"{report.spilled} bytes or registers spilled"] if report.spilled else []
     if case.rows == "odd":
         return found
-    if case.op == "gradient":
-        needed = gradient.BLOCK_BYTES // (16 * gradient.THREADS)
-        if min(report.loads[16], report.stores[16]) < needed:
-            found.append(f"{report.loads[16]} loads and {report.stores[16]} stores of 16 bytes, {needed} needed")
-    elif set(report.loop_loads) != {16}:
-        found.append(f"loads of {sorted(report.loop_loads)} bytes in the row loop, 16 wanted")
+    if case.op in ("statistics", "evidence"):
+        if set(report.loop_loads) != {16}:
+            found.append(f"loads of {sorted(report.loop_loads)} bytes in the row loop, 16 wanted")
+        return found
+    least_loads, least_stores = WIDE_ACCESSES[case.op]
+    if report.loads[16] < least_loads or report.stores[16] < least_stores:
+        found.append(f"{report.loads[16]} loads and {report.stores[16]} stores of 16 bytes, "
+                     f"{least_loads} and {least_stores} needed")  # fmt: skip
     return found
 
 

@@ -175,3 +175,23 @@ def evidence_advantage(advantage, student, teacher, credited, lam, low, high, pe
     mixed = advantage * (1 - lam) + lam * target
     keeps_own = (lam == 0) | (advantage == 0) | (credited == 0)
     return tl.where(keeps_own, advantage, mixed), weight, gain
+
+
+@jit
+def load_block(row_ptr, columns, vocab, WHOLE: tl.constexpr):
+    """Logits of a block in float32; -inf beyond the vocabulary, unless all of it is WHOLE."""
+    if WHOLE:
+        z = tl.load(row_ptr + columns)
+    else:
+        z = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf"))
+    return z.to(tl.float32)
+
+
+@jit
+def store_block(row_ptr, columns, vocab, values, WHOLE: tl.constexpr):
+    """Values of a block into a row, in its dtype."""
+    values = values.to(row_ptr.dtype.element_ty)
+    if WHOLE:
+        tl.store(row_ptr + columns, values)
+    else:
+        tl.store(row_ptr + columns, values, mask=columns < vocab)

@@ -241,31 +241,19 @@ def _coefficients(row, statistics, upstream, temperature):
 
 
 @jit
-def _load_block(row_ptr, columns, vocab, WHOLE: tl.constexpr):
-    if WHOLE:
-        z = tl.load(row_ptr + columns)
-    else:
-        z = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf"))
-    return z.to(tl.float32)
-
-
-@jit
 def _write_block(row_ptr, base_row, grad_row, columns, vocab, base, flows, coefficients, WHOLE: tl.constexpr):
     """The gradient of a block: through the row, and in rows that are not listed through S."""
     threshold, base_m, base_scale, base_log2_sum, dense = base
     g = tl.zeros((columns.shape[0],), tl.float32)
     if flows:
-        z = _load_block(row_ptr, columns, vocab, WHOLE)
+        z = device.load_block(row_ptr, columns, vocab, WHOLE)
         g = _gradient_on_row(z, coefficients)
         if base_row is not None:
             if dense != 0:
-                b = _load_block(base_row, columns, vocab, WHOLE)
+                b = device.load_block(base_row, columns, vocab, WHOLE)
                 log2_q = (b - base_m) * base_scale - base_log2_sum
                 g += tl.where(b < threshold, 0.0, _gradient_on_support(z, log2_q, coefficients))
-    if WHOLE:
-        tl.store(grad_row + columns, g.to(grad_row.dtype.element_ty))
-    else:
-        tl.store(grad_row + columns, g.to(grad_row.dtype.element_ty), mask=columns < vocab)
+    device.store_block(grad_row, columns, vocab, g, WHOLE)
 
 
 @jit(**UNSPECIALISED)
@@ -358,7 +346,7 @@ def _launch_statistics(student, base, mask, temperature, temperatures, support, 
             capacity,
             LIST_LANES=min(triton.next_power_of_2(max(capacity, 1)), LIST_LANES),
             ROW_TILE=(depth, lanes),
-            PAIR_TILE=(max(depth // 2, 1), lanes // 2),
+            PAIR_TILE=(1, lanes // 2),
             ALIGN=align,
             **layout.sweep_options(),
         )

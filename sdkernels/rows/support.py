@@ -14,22 +14,24 @@ from sdkernels.rows.layout import RowSupport
 
 LISTED = 64  # supports up to this size are kept as lists of token ids; larger ones as their threshold
 MOST_CANDIDATES = 4096  # that a kernel sorts
+SWEPT = 2048  # logits of a tile: with more, noting them spills
 
 
 @jit
-def _support(row_ptr, vocab, temperature, scale, filters, capacity, notes, FILTERED: tl.constexpr, PARTIAL: tl.constexpr,
-             GROUPS: tl.constexpr, SHIFT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+def _support(row_ptr, vocab, temperature, scale, filters, capacity, groups, notes, FILTERED: tl.constexpr,
+             PARTIAL: tl.constexpr, SHIFT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """The maximum of a row; sum 2^y, sum y 2^y and |S| of its support, and the threshold. The list is at `notes`."""
     top_k, top_p, min_p = filters
     # Where top_p measures what top_k kept, min_p must not take any of it away.
     log_rest = tl.where(top_k > 0, float("-inf"), tl.log((1.0 - top_p) / vocab)).to(tl.float32)
     log_peak = tl.where((top_k > 0) & (top_p < 1), float("-inf"), tl.log(min_p)).to(tl.float32)
-    bounds = (temperature.to(tl.float32), log_rest, log_peak)
-    m, s, t, size, bound = at.sweep_candidates(row_ptr, vocab, scale, bounds, notes, GROUPS, DEPTH, LANES)
+    enough_groups = tl.maximum(tl.where(top_k > 0, top_k, capacity), capacity) <= groups.shape[0]
+    bounds = (temperature.to(tl.float32), log_rest, log_peak, enough_groups)
+    m, s, t, size, bound = at.sweep_candidates(row_ptr, vocab, scale, bounds, groups, notes, DEPTH, LANES)
     threshold = tl.zeros((), tl.float32) + device.LOWEST
     if notes is not None:
         if s > 0:
-            CANDIDATES: tl.constexpr = notes[2]
+            CANDIDATES: tl.constexpr = notes[2].shape[0]
             if at.counted(notes) > CANDIDATES:
                 at.note_again(row_ptr, vocab, at.first_of_group(at.order_of(bound)), notes, DEPTH, LANES)
             count, note = at.noted(notes)
@@ -44,7 +46,7 @@ def _support(row_ptr, vocab, temperature, scale, filters, capacity, notes, FILTE
                 certain = (top_k > 0) | (top_p == 1) | (device.add_lanes(mass) >= top_p * measured)
                 if (count > CANDIDATES) | ((certain == 0) & (peak < bound)):
                     lowest = tl.zeros((), tl.float32) + device.LOWEST
-                    row = (row_ptr, vocab, m, scale, DEPTH, LANES)
+                    row = (row_ptr, vocab, m, scale, tl.zeros((DEPTH, LANES), tl.int8))
                     threshold, measured = at.threshold(lowest, m, s, filters, row, at.above_in_row, SHIFT)
                 threshold = tl.maximum(threshold, peak)
                 if (count > CANDIDATES) | (threshold < bound):
@@ -56,15 +58,17 @@ def _support(row_ptr, vocab, temperature, scale, filters, capacity, notes, FILTE
                     t = device.add_lanes(tl.where(inside, mass * tl.maximum(y, device.FLOOR), 0.0))
             if (size <= capacity) | PARTIAL:
                 floor = at.first_of_group(at.order_of(threshold))
+                count, note = at.noted(notes)
                 if count > CANDIDATES:
                     if size > capacity:
-                        row = (row_ptr, vocab, m, scale, DEPTH, LANES)
+                        row = (row_ptr, vocab, m, scale, tl.zeros((DEPTH, LANES), tl.int8))
                         floor = at.floor_of_largest(capacity, floor, m, row, at.above_in_row)
                     at.note_again(row_ptr, vocab, floor, notes, DEPTH, LANES)
                 else:
                     if size > capacity:
+                        listed = (note, tl.zeros((CANDIDATES,), tl.int64))
                         floor = at.floor_of_largest(capacity, floor, m, listed, at.above_in_list)
-                    at.write_back(note, (note >= floor) & (z >= device.LOWEST), notes)
+                    at.write_back(note, note >= floor, notes)
     return m, s, t, size, threshold
 
 
@@ -130,13 +134,13 @@ def _support_kernel(
     threshold = tl.zeros((), tl.float32)
     notes = None
     if notes_ptr is not None:
-        notes = (notes_ptr + row * CANDIDATES, counts_ptr + row, CANDIDATES)
+        notes = (notes_ptr + row * CANDIDATES, counts_ptr + row, tl.arange(0, CANDIDATES))
     if kept != 0:
         row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
         m, s, t, size, threshold = _support(
             row_ptr, vocab, row_temperature, device.row_scale(row_temperature),
-            (top_k, tl.zeros((), tl.float64) + top_p, tl.zeros((), tl.float64) + min_p), capacity, notes,
-            FILTERED, PARTIAL, GROUPS, SHIFT, DEPTH, LANES,
+            (top_k, tl.zeros((), tl.float64) + top_p, tl.zeros((), tl.float64) + min_p), capacity,
+            tl.arange(0, GROUPS), notes, FILTERED, PARTIAL, SHIFT, DEPTH, LANES,
         )  # fmt: skip
     invalid = tl.where(s > 0, 0.0, float("nan"))
     size = tl.where(s > 0, size, 0)
@@ -155,7 +159,7 @@ def _support_kernel(
 def _launch(logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
             filters: tuple[int, float, float], capacity: int, partial: bool, outputs: RowSupport) -> None:  # fmt: skip
     rows, vocab = outputs.size.numel(), logits.shape[-1]
-    depth, lanes = layout.tile(logits)
+    depth, lanes = layout.tile(logits, SWEPT)
     align = layout.alignment(logits)
     filtered = filters != (0, 1.0, 0.0)
     groups = triton.next_power_of_2(max(filters[0] or capacity, capacity, 1))
@@ -185,7 +189,7 @@ def _launch(logits: Tensor, mask: Tensor | None, temperature: float, temperature
             PARTIAL=partial,
             CANDIDATES=candidates,
             PLACES=triton.next_power_of_2(max(capacity, 1)),
-            GROUPS=groups if groups <= lanes else 0,
+            GROUPS=min(groups, lanes),
             SHIFT={torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}[logits.dtype],
             DEPTH=depth,
             LANES=lanes,

@@ -31,24 +31,23 @@ def rounded_up(x):
 
 
 @jit
-def _raised(bound, m, s, scale, bounds, GROUPS: tl.constexpr):
+def _raised(bound, m, s, scale, bounds, groups):
     """The largest number that S provably does not reach below, from lanes' maxima m and sums s so far.
 
-    Each of GROUPS >= top_k groups of lanes holds a logit at least as large as the least of their maxima; all logits
-    more than T (log(1 / (1 - top_p)) + log V) below the log-sum hold less than 1 - top_p of the mass together.
+    If top_k is at most the number of `groups` of lanes, each holds a logit not below the least of their maxima; all
+    logits more than T (log(1 / (1 - top_p)) + log V) below the log-sum hold less than 1 - top_p of the mass together.
     """
-    temperature, log_rest, log_min_p = bounds
+    temperature, log_rest, log_min_p, enough_groups = bounds
     row_m = tl.max(m, 0)
     log_sum = tl.log(tl.sum(s * tl.exp2(tl.maximum((m - row_m) * scale, device.FLOOR)), 0))
     nucleus = row_m + temperature * (log_sum + log_rest)
     nucleus -= 1e-5 * (tl.abs(nucleus) + temperature)
     peak = row_m + temperature * log_min_p
     peak -= 1e-5 * (tl.abs(peak) + temperature)
-    bound = tl.maximum(bound, tl.maximum(nucleus, peak))
-    if GROUPS > 0:
-        groups = tl.max(tl.reshape(m, (m.shape[0] // GROUPS, GROUPS)), 0)
-        bound = tl.maximum(bound, tl.min(groups, 0))
-    return bound
+    GROUPS: tl.constexpr = groups.shape[0]
+    least = tl.min(tl.max(tl.reshape(m, (m.shape[0] // GROUPS, GROUPS)), 0), 0)
+    bound = tl.maximum(bound, tl.where(enough_groups, least, device.LOWEST))
+    return tl.maximum(bound, tl.maximum(nucleus, peak))
 
 
 @jit
@@ -60,34 +59,33 @@ def note_of(z, columns):
 @jit
 def _note(z, columns, found, notes):
     """Put the notes of logits down in a list."""
-    list_ptr, count_ptr, CANDIDATES = notes
+    list_ptr, count_ptr, slots = notes
     slot = tl.atomic_add(count_ptr + tl.zeros_like(columns), 1, mask=found)
-    tl.store(list_ptr + slot, note_of(z, columns), mask=found & (slot < CANDIDATES))
+    tl.store(list_ptr + slot, note_of(z, columns), mask=found & (slot < slots.shape[0]))
 
 
 @jit
 def _fold_candidates(state, z, other, columns, arguments):
     m, s, t, finite, bound = state
-    scale, bounds, notes, GROUPS = arguments
+    scale, bounds, groups, notes = arguments
     m, s, t = device.fold(m, s, t, z, scale)
     finite += tl.sum((z >= device.LOWEST).to(tl.int32), 0)
     if notes is not None:
         if tl.max(tl.max(z, 0), 0) >= bound:
-            bound = _raised(bound, m, s, scale, bounds, GROUPS)
+            bound = _raised(bound, m, s, scale, bounds, groups)
             _note(z, columns, z >= bound, notes)
     return m, s, t, finite, bound
 
 
 @jit
-def sweep_candidates(row_ptr, vocab, scale, bounds, notes, GROUPS: tl.constexpr,
-                     DEPTH: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """`device.sweep`, with the number of finite logits, and notes of all that are at least the last bound, its fifth."""
+def sweep_candidates(row_ptr, vocab, scale, bounds, groups, notes, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """`device.sweep`, the number of finite logits, and a bound; all that are at least it are noted."""
     m = tl.full((LANES,), device.LOWEST, tl.float32)
     s = tl.zeros((LANES,), tl.float32)
     t = tl.zeros((LANES,), tl.float32)
     finite = tl.zeros((LANES,), tl.int32)
     state = (m, s, t, finite, tl.zeros((), tl.float32) + device.LOWEST)
-    arguments = (scale, bounds, notes, GROUPS)
+    arguments = (scale, bounds, groups, notes)
     m, s, t, finite, bound = device.walk(row_ptr, None, vocab, state, arguments, _fold_candidates, DEPTH, LANES)
     row_m, row_s, row_t = device.add_statistics((m, s, t), scale)
     return row_m, row_s, row_t, tl.sum(finite, 0), bound
@@ -103,9 +101,8 @@ def counted(notes):
 @jit
 def noted(notes):
     """How many logits wanted to be noted, and the notes; the least integer beyond them."""
-    list_ptr, _, CANDIDATES = notes
+    list_ptr, _, slots = notes
     count = counted(notes)
-    slots = tl.arange(0, CANDIDATES)
     return count, tl.load(list_ptr + slots, mask=slots < count, other=-0x8000000000000000)
 
 
@@ -142,9 +139,10 @@ def _fold_above(state, z, other, columns, arguments):
 @jit
 def above_in_row(pivot, arguments):
     """How many notes of a row's logits are above a pivot, and their mass relative to m: one more sweep."""
-    row_ptr, vocab, m, scale, DEPTH, LANES = arguments
+    row_ptr, vocab, m, scale, tile = arguments
+    LANES: tl.constexpr = tile.shape[1]
     state = (tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.float32))
-    count, mass = device.walk(row_ptr, None, vocab, state, (pivot, m, scale), _fold_above, DEPTH, LANES)
+    count, mass = device.walk(row_ptr, None, vocab, state, (pivot, m, scale), _fold_above, tile.shape[0], LANES)
     return tl.sum(count, 0), device.add_lanes(mass)
 
 
@@ -188,7 +186,8 @@ def _unshifted(order, SHIFT: tl.constexpr):
 @jit
 def threshold(lowest, m, row_mass, filters, arguments, ABOVE: tl.constexpr, SHIFT: tl.constexpr):
     """The threshold of top_k and top_p, and the mass that top_p measures: of a list, or of a row by some 32 sweeps."""
-    top_k, top_p, _ = filters
+    top_k = filters[0]
+    top_p = filters[1]
     order = (order_of(lowest) >> SHIFT).to(tl.int64)
     highest = (order_of(m) >> SHIFT).to(tl.int64)
     for phase in range(2):  # by the number of logits, then by the mass of what that left
@@ -197,7 +196,7 @@ def threshold(lowest, m, row_mass, filters, arguments, ABOVE: tl.constexpr, SHIF
             most_mass = tl.where(phase == 0, float("inf"), top_p * row_mass)
             order = bisect(order, highest, most, most_mass, arguments, ABOVE, True, SHIFT)
             if phase == 0:
-                _, row_mass = ABOVE(last_of_group(_unshifted(order - 1, SHIFT)), arguments)
+                count, row_mass = ABOVE(last_of_group(_unshifted(order - 1, SHIFT)), arguments)
     return float_of(_unshifted(order, SHIFT).to(tl.int32)), row_mass
 
 
@@ -216,7 +215,7 @@ def note_again(row_ptr, vocab, floor, notes, DEPTH: tl.constexpr, LANES: tl.cons
     tl.debug_barrier()
     tl.atomic_xchg(notes[1], 0)
     tl.debug_barrier()
-    device.walk(row_ptr, None, vocab, 0, (floor, notes), _fold_notes, DEPTH, LANES)
+    device.walk(row_ptr, None, vocab, tl.zeros((), tl.int32), (floor, notes), _fold_notes, DEPTH, LANES)
 
 
 @jit

@@ -30,6 +30,15 @@ def _scatter(values, ids, row_ptr, start, BLOCK: tl.constexpr):
     tl.store(row_ptr + ids, values.to(row_ptr.dtype.element_ty), mask=(ids >= start) & (ids < start + BLOCK))
 
 
+@jit
+def _write_log_q(row_ptr, result_row, columns, vocab, dense, WHOLE: tl.constexpr):
+    """log q of a block of a row that is not listed."""
+    threshold, m, inverse, log_sum = dense
+    z = device.load_block(row_ptr, columns, vocab, WHOLE)
+    log_q = tl.where(z >= threshold, (z - m) * inverse - log_sum, float("-inf"))
+    device.store_block(result_row, columns, vocab, log_q, WHOLE)
+
+
 @jit(**UNSPECIALISED)
 def _log_softmax_kernel(
     logits_ptr,  # (N, V) through sizes and strides
@@ -63,25 +72,19 @@ def _log_softmax_kernel(
     )
     log_sum = tl.load(log_sum_ptr + row).to(tl.float32)
     size = tl.load(size_ptr + row)
-    nothing = tl.where(log_sum == log_sum, float("-inf"), float("nan"))
     if size > capacity:
-        threshold = tl.load(threshold_ptr + row)
-        m = tl.load(max_ptr + row)
         inverse = (1.0 / device.row_temperature(row, temperature, temperatures_ptr, span)).to(tl.float32)
+        dense = (tl.load(threshold_ptr + row), tl.load(max_ptr + row), inverse, log_sum)
         if start + BLOCK <= vocab:
-            z = tl.load(row_ptr + columns).to(tl.float32)
-            log_q = tl.where(z >= threshold, (z - m) * inverse - log_sum, nothing)
-            tl.store(result_row + columns, log_q.to(result_ptr.dtype.element_ty))
+            _write_log_q(row_ptr, result_row, columns, vocab, dense, True)
         else:
-            z = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
-            log_q = tl.where(z >= threshold, (z - m) * inverse - log_sum, nothing)
-            tl.store(result_row + columns, log_q.to(result_ptr.dtype.element_ty), mask=columns < vocab)
+            _write_log_q(row_ptr, result_row, columns, vocab, dense, False)
     else:
-        fill = (tl.zeros((BLOCK,), tl.float32) + nothing).to(result_ptr.dtype.element_ty)
+        nothing = tl.zeros((BLOCK,), tl.float32) + tl.where(log_sum == log_sum, float("-inf"), float("nan"))
         if start + BLOCK <= vocab:
-            tl.store(result_row + columns, fill)
+            device.store_block(result_row, columns, vocab, nothing, True)
         else:
-            tl.store(result_row + columns, fill, mask=columns < vocab)
+            device.store_block(result_row, columns, vocab, nothing, False)
         places = tl.arange(0, PLACES)
         place = row.to(tl.int64) * capacity + places
         ids = tl.load(ids_ptr + place, mask=places < size, other=-1)
@@ -135,13 +138,13 @@ def _upstream_sum_kernel(
 
 @jit
 def _coefficients(row, slopes, label_ids_ptr, inverse):
-    """What a row's gradient is made of, None for what is absent."""
+    """What a row's gradient is made of."""
     slope_ptr, entropy_slope_ptr, label_slope_ptr = slopes
     slope = tl.load(slope_ptr + row)
-    entropy_slope = None
+    entropy_slope = 0.0
     if entropy_slope_ptr is not None:
         entropy_slope = tl.load(entropy_slope_ptr + row)
-    label_id = None
+    label_id = -1
     label_slope = 0.0
     if label_ids_ptr is not None:
         label_id = tl.load(label_ids_ptr + row).to(tl.int32)
@@ -150,17 +153,22 @@ def _coefficients(row, slopes, label_ids_ptr, inverse):
 
 
 @jit
-def _gradient_on_support(log2_q, columns, upstream, coefficients):
-    """The gradient at tokens of S, from log2 q."""
-    slope, entropy_slope, label_id, label_slope, inverse = coefficients
-    if entropy_slope is not None:
-        slope += entropy_slope * tl.maximum(log2_q, device.FLOOR)
-    g = tl.exp2(log2_q) * slope
-    if label_id is not None:
-        g += tl.where(columns == label_id, label_slope, 0.0)
-    if upstream is not None:
-        g += upstream.to(tl.float32) * inverse
-    return g
+def _gradient_on_support(log2_q, columns, coefficients):
+    """The gradient at tokens of S from log2 q, but for what an upstream gradient adds to each."""
+    slope, entropy_slope, label_id, label_slope, _ = coefficients
+    g = tl.exp2(log2_q) * (slope + entropy_slope * tl.maximum(log2_q, device.FLOOR))
+    return g + tl.where(columns == label_id, label_slope, 0.0)
+
+
+@jit
+def _write_block(row_ptr, upstream_row, grad_row, columns, vocab, dense, coefficients, WHOLE: tl.constexpr):
+    """The gradient of a block of a row that is not listed."""
+    threshold, m, scale, log2_sum = dense
+    z = device.load_block(row_ptr, columns, vocab, WHOLE)
+    g = _gradient_on_support((z - m) * scale - log2_sum, columns, coefficients)
+    if upstream_row is not None:
+        g += device.load_block(upstream_row, columns, vocab, WHOLE) * coefficients[4]
+    device.store_block(grad_row, columns, vocab, tl.where(z >= threshold, g, 0.0), WHOLE)
 
 
 @jit(**UNSPECIALISED)
@@ -196,51 +204,38 @@ def _truncated_gradient_kernel(
     row = tl.program_id(0) // blocks
     start = tl.program_id(0) % blocks * BLOCK
     columns = start + tl.arange(0, BLOCK)
-    rest = columns < vocab
     size = tl.load(size_ptr + row)
     row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
     row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
     grad_row = grad_ptr + device.row_offset(row, size1, size2, result_stride0, result_stride1, result_stride2, ALIGN)
-    upstream_row = logits_ptr
+    upstream_row = None
     if upstream_ptr is not None:
         upstream_row = upstream_ptr + device.row_offset(
             row, size1, size2, upstream_stride0, upstream_stride1, upstream_stride2, ALIGN
         )
     coefficients = _coefficients(row, slopes, label_ids_ptr, (1.0 / row_temperature).to(tl.float32))
-    dtype: tl.constexpr = grad_ptr.dtype.element_ty
     if size > capacity:
         m = tl.load(max_ptr + row)
         threshold = tl.load(threshold_ptr + row)
         log2_sum = (tl.load(log_sum_ptr + row) * device.LOG2E).to(tl.float32)
-        scale = device.row_scale(row_temperature)
+        dense = (threshold, m, device.row_scale(row_temperature), log2_sum)
         if start + BLOCK <= vocab:
-            z = tl.load(row_ptr + columns).to(tl.float32)
-            upstream = None
-            if upstream_ptr is not None:
-                upstream = tl.load(upstream_row + columns)
-            g = _gradient_on_support((z - m) * scale - log2_sum, columns, upstream, coefficients)
-            tl.store(grad_row + columns, tl.where(z >= threshold, g, 0.0).to(dtype))
+            _write_block(row_ptr, upstream_row, grad_row, columns, vocab, dense, coefficients, True)
         else:
-            z = tl.load(row_ptr + columns, mask=rest, other=float("-inf")).to(tl.float32)
-            upstream = None
-            if upstream_ptr is not None:
-                upstream = tl.load(upstream_row + columns, mask=rest, other=0.0)
-            g = _gradient_on_support((z - m) * scale - log2_sum, columns, upstream, coefficients)
-            tl.store(grad_row + columns, tl.where(z >= threshold, g, 0.0).to(dtype), mask=rest)
+            _write_block(row_ptr, upstream_row, grad_row, columns, vocab, dense, coefficients, False)
     else:
-        nothing = (tl.zeros((BLOCK,), tl.float32) + 0.0 * tl.load(log_sum_ptr + row).to(tl.float32)).to(dtype)
+        nothing = tl.zeros((BLOCK,), tl.float32) + 0.0 * tl.load(log_sum_ptr + row).to(tl.float32)
         if start + BLOCK <= vocab:
-            tl.store(grad_row + columns, nothing)
+            device.store_block(grad_row, columns, vocab, nothing, True)
         else:
-            tl.store(grad_row + columns, nothing, mask=rest)
+            device.store_block(grad_row, columns, vocab, nothing, False)
         places = tl.arange(0, PLACES)
         place = row.to(tl.int64) * capacity + places
         ids = tl.load(ids_ptr + place, mask=places < size, other=-1)
-        upstream = None
-        if upstream_ptr is not None:
-            upstream = tl.load(upstream_row + ids, mask=places < size, other=0.0)
         log_q = tl.load(log_probs_ptr + place, mask=places < size, other=0.0)
-        g = _gradient_on_support(log_q * device.LOG2E, ids, upstream, coefficients)
+        g = _gradient_on_support(log_q * device.LOG2E, ids, coefficients)
+        if upstream_row is not None:
+            g += tl.load(upstream_row + ids, mask=places < size, other=0.0).to(tl.float32) * coefficients[4]
         _scatter(g, ids, grad_row, start, BLOCK)
 
 
