@@ -106,14 +106,14 @@ def sweep_options() -> dict[str, int]:
     return options if WARP_SIZE == 64 else options | {"maxnreg": 128}
 
 
-def tile(rows: Tensor, size: int = 8192) -> tuple[int, int]:
-    """(depth, lanes) of a tile of at most `size` logits: each thread loads 16 bytes from each of `depth` lines of a row.
+def tile(rows: Tensor) -> tuple[int, int]:
+    """(depth, lanes) of a tile: each thread loads 16 bytes from each of `depth` lines of a row.
 
     It depends on the dtype and V only, and so do the order of a row's sums and its result.
     """
     lanes = THREADS * 16 // rows.element_size()
     lines = -(-rows.shape[-1] // lanes)
-    return min(size // lanes, 1 << (lines - 1).bit_length()), lanes
+    return min(8192 // lanes, 1 << (lines - 1).bit_length()), lanes
 
 
 def empty_gradient(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,62 +14,37 @@ from sdkernels.rows.layout import RowSupport
 
 LISTED = 64  # supports up to this size are kept as lists of token ids; larger ones as their threshold
 MOST_CANDIDATES = 4096  # that a kernel sorts
-SWEPT = 2048  # logits of a tile: with more, noting them spills
 
 
 @jit
-def _support(row_ptr, vocab, temperature, scale, filters, capacity, groups, notes, FILTERED: tl.constexpr,
-             PARTIAL: tl.constexpr, SHIFT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """The maximum of a row; sum 2^y, sum y 2^y and |S| of its support, and the threshold. The list is at `notes`."""
+def _from_list(m, s, t, size, bound, temperature, scale, filters, capacity, notes, FILTERED: tl.constexpr,
+               PARTIAL: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
+    """The support of a row from its notes: whether they tell it; its sums, size and threshold. Its list replaces them."""
     top_k, top_p, min_p = filters
-    # Where top_p measures what top_k kept, min_p must not take any of it away.
-    log_rest = tl.where(top_k > 0, float("-inf"), tl.log((1.0 - top_p) / vocab)).to(tl.float32)
-    log_peak = tl.where((top_k > 0) & (top_p < 1), float("-inf"), tl.log(min_p)).to(tl.float32)
-    enough_groups = tl.maximum(tl.where(top_k > 0, top_k, capacity), capacity) <= groups.shape[0]
-    bounds = (temperature.to(tl.float32), log_rest, log_peak, enough_groups)
-    m, s, t, size, bound = at.sweep_candidates(row_ptr, vocab, scale, bounds, groups, notes, DEPTH, LANES)
+    count, note = at.noted(notes)
+    known = count <= note.shape[0]
     threshold = tl.zeros((), tl.float32) + device.LOWEST
-    if notes is not None:
-        if s > 0:
-            CANDIDATES: tl.constexpr = notes[2].shape[0]
-            if at.counted(notes) > CANDIDATES:
-                at.note_again(row_ptr, vocab, at.first_of_group(at.order_of(bound)), notes, DEPTH, LANES)
-            count, note = at.noted(notes)
-            z = at.float_of_note(note)
-            z = tl.where(z >= bound, z, float("-inf"))  # the bound was lower at first, so these are not all there
-            y = (z - m) * scale
-            mass = tl.exp2(y)
-            listed = (note, (mass * device.FIXED_POINT).to(tl.int64))
-            if FILTERED:
-                peak = at.rounded_up(m + temperature * tl.log(min_p))
-                threshold, measured = at.threshold(bound, m, s, filters, listed, at.above_in_list, SHIFT)
-                certain = (top_k > 0) | (top_p == 1) | (device.add_lanes(mass) >= top_p * measured)
-                if (count > CANDIDATES) | ((certain == 0) & (peak < bound)):
-                    lowest = tl.zeros((), tl.float32) + device.LOWEST
-                    row = (row_ptr, vocab, m, scale, tl.zeros((DEPTH, LANES), tl.int8))
-                    threshold, measured = at.threshold(lowest, m, s, filters, row, at.above_in_row, SHIFT)
-                threshold = tl.maximum(threshold, peak)
-                if (count > CANDIDATES) | (threshold < bound):
-                    size, s, t = at.sums_inside(row_ptr, vocab, threshold, m, scale, DEPTH, LANES)
-                else:
-                    inside = z >= threshold
-                    size = tl.sum(inside.to(tl.int32), 0)
-                    s = device.add_lanes(tl.where(inside, mass, 0.0))
-                    t = device.add_lanes(tl.where(inside, mass * tl.maximum(y, device.FLOOR), 0.0))
-            if (size <= capacity) | PARTIAL:
-                floor = at.first_of_group(at.order_of(threshold))
-                count, note = at.noted(notes)
-                if count > CANDIDATES:
-                    if size > capacity:
-                        row = (row_ptr, vocab, m, scale, tl.zeros((DEPTH, LANES), tl.int8))
-                        floor = at.floor_of_largest(capacity, floor, m, row, at.above_in_row)
-                    at.note_again(row_ptr, vocab, floor, notes, DEPTH, LANES)
-                else:
-                    if size > capacity:
-                        listed = (note, tl.zeros((CANDIDATES,), tl.int64))
-                        floor = at.floor_of_largest(capacity, floor, m, listed, at.above_in_list)
-                    at.write_back(note, note >= floor, notes)
-    return m, s, t, size, threshold
+    z = at.float_of_note(note)
+    z = tl.where(z >= bound, z, float("-inf"))  # the bound was lower at first, so these are not all there
+    y = (z - m) * scale
+    mass = tl.exp2(y)
+    listed = (note, (mass * device.FIXED_POINT).to(tl.int64))
+    if FILTERED:
+        peak = at.rounded_up(m + temperature * tl.log(min_p))
+        threshold, measured = at.threshold(bound, m, s, filters, listed, at.above_in_list, SHIFT)
+        nucleus_ends = (top_p < 1) & (device.add_lanes(mass) >= top_p * measured)
+        known = known & ((top_k > 0) | nucleus_ends | (peak >= bound))
+        threshold = tl.maximum(threshold, peak)
+        inside = z >= threshold
+        size = tl.sum(inside.to(tl.int32), 0)
+        s = device.add_lanes(tl.where(inside, mass, 0.0))
+        t = device.add_lanes(tl.where(inside, mass * tl.maximum(y, device.FLOOR), 0.0))
+    if known & ((size <= capacity) | PARTIAL):
+        floor = at.first_of_group(at.order_of(threshold))
+        if size > capacity:
+            floor = at.floor_of_largest(capacity, floor, m, listed, at.above_in_list)
+        at.write_back(note, note >= floor, notes)
+    return known, s, t, size, threshold
 
 
 @jit
@@ -89,14 +64,37 @@ def _write_list(list_ptr, listed, ids_ptr, log_probs_ptr, capacity, m, temperatu
     tl.store(log_probs_ptr + rank, tl.where(places < listed, log_q, float("-inf")), mask=places < capacity)
 
 
-@jit(
-    do_not_specialize=[*layout.LAYOUT, "span", "top_k", "capacity"], do_not_specialize_on_alignment=[*layout.PER_TOKEN]
-)
+@jit
+def _write(row, m, s, t, size, threshold, temperature, results, lists, list_ptr, capacity,
+           PARTIAL: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
+    """The results of a row; NaN and an empty list if its sum is NaN, or 0 as where every logit is -inf."""
+    invalid = tl.where(s > 0, 0.0, float("nan"))
+    size = tl.where(s > 0, size, 0)
+    log_sum = tl.log(s)
+    tl.store(results[0] + row, threshold + invalid)
+    tl.store(results[1] + row, size.to(tl.int64))
+    tl.store(results[2] + row, m + invalid)
+    tl.store(results[3] + row, log_sum + invalid)
+    tl.store(results[4] + row, (log_sum - t / (s * device.LOG2E)).to(tl.float32) + invalid)
+    if list_ptr is not None:
+        listed = tl.where((size <= capacity) | PARTIAL, tl.minimum(size, capacity), 0)
+        place = row * capacity
+        _write_list(list_ptr, listed, lists[0] + place, lists[1] + place, capacity, m, temperature, log_sum, PLACES)
+
+
+UNSPECIALISED = {
+    "do_not_specialize": [*layout.LAYOUT, "span", "top_k", "capacity"],
+    "do_not_specialize_on_alignment": [*layout.PER_TOKEN],
+}
+UNKNOWN = tl.constexpr(-1) if triton else -1  # the size of a support that the first kernel leaves to the second
+
+
+@jit(**UNSPECIALISED)
 def _support_kernel(
     logits_ptr,  # (N, V) through sizes and strides
     mask_ptr,  # (N,) or None
     temperatures_ptr,  # (N / span,) or None
-    results,  # threshold, maximum and entropy (N,), log sum (N,) float64, size (N,) int64
+    results,  # threshold (N,), size (N,) int64, maximum (N,), log sum (N,) float64, entropy (N,)
     lists,  # token ids and log-probs (N, capacity)
     notes_ptr,  # (N, CANDIDATES) int64, or None: no lists, no filters
     counts_ptr,  # (N,) int32, 0 at first
@@ -124,78 +122,129 @@ def _support_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
-    kept = 1
-    if mask_ptr is not None:
-        kept = tl.load(mask_ptr + row).to(tl.int32)
-    m = tl.zeros((), tl.float32)
-    s = tl.zeros((), tl.float64) + 1.0
-    t = tl.zeros((), tl.float64)
-    size = 0
-    threshold = tl.zeros((), tl.float32)
+    list_ptr = None
     notes = None
     if notes_ptr is not None:
-        notes = (notes_ptr + row * CANDIDATES, counts_ptr + row, tl.arange(0, CANDIDATES))
-    if kept != 0:
-        row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
-        m, s, t, size, threshold = _support(
-            row_ptr, vocab, row_temperature, device.row_scale(row_temperature),
-            (top_k, tl.zeros((), tl.float64) + top_p, tl.zeros((), tl.float64) + min_p), capacity,
-            tl.arange(0, GROUPS), notes, FILTERED, PARTIAL, SHIFT, DEPTH, LANES,
-        )  # fmt: skip
-    invalid = tl.where(s > 0, 0.0, float("nan"))
-    size = tl.where(s > 0, size, 0)
-    log_sum = tl.log(s)
-    tl.store(results[0] + row, threshold + invalid)
-    tl.store(results[1] + row, size.to(tl.int64))
-    tl.store(results[2] + row, m + invalid)
-    tl.store(results[3] + row, log_sum + invalid)
-    tl.store(results[4] + row, (log_sum - t / (s * device.LOG2E)).to(tl.float32) + invalid)
+        list_ptr = notes_ptr + row * CANDIDATES
+        notes = (list_ptr, counts_ptr + row, tl.arange(0, CANDIDATES))
+    if mask_ptr is not None:
+        if tl.load(mask_ptr + row) == 0:
+            zero = tl.zeros((), tl.float32)
+            _write(row, zero, zero.to(tl.float64) + 1, zero, 0, zero, 1.0, results, lists, list_ptr, capacity,
+                   PARTIAL, PLACES)  # fmt: skip
+            return
+    row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
+    scale = device.row_scale(row_temperature)
+    filters = (top_k, tl.zeros((), tl.float64) + top_p, tl.zeros((), tl.float64) + min_p)
+    limits = at.bounds(filters, vocab, capacity, row_temperature, GROUPS)
+    groups = tl.arange(0, GROUPS)
+    m, s, t, size, bound = at.sweep_candidates(row_ptr, vocab, scale, limits, groups, notes, DEPTH, LANES)
+    threshold = tl.zeros((), tl.float32) + device.LOWEST
+    known = True
     if notes_ptr is not None:
-        listed = tl.where((size <= capacity) | PARTIAL, tl.minimum(size, capacity), 0)
-        place = row * capacity
-        _write_list(notes[0], listed, lists[0] + place, lists[1] + place, capacity, m, row_temperature, log_sum, PLACES)
+        if s > 0:
+            if at.counted(notes) > CANDIDATES:
+                at.note_again(row_ptr, vocab, at.first_of_group(at.order_of(bound)), notes, DEPTH, LANES)
+            known, s_inside, t, size, threshold = _from_list(
+                m, s, t, size, bound, row_temperature, scale, filters, capacity, notes, FILTERED, PARTIAL, SHIFT
+            )
+            s = tl.where(known, s_inside, s)
+    if known:
+        _write(
+            row, m, s, t, size, threshold, row_temperature, results, lists, list_ptr, capacity, PARTIAL, PLACES
+        )  # fmt: skip
+    else:
+        tl.store(results[1] + row, UNKNOWN)
+        tl.store(results[2] + row, m)
+        tl.store(results[3] + row, tl.log(s))
+
+
+@jit(**UNSPECIALISED)
+def _search_kernel(
+    logits_ptr,  # (N, V) through sizes and strides
+    temperatures_ptr,  # (N / span,) or None
+    results,  # as of _support_kernel; where it did not know, its size -1, the maximum, the log sum over V
+    lists,  # token ids and log-probs (N, capacity)
+    notes_ptr,  # (N, CANDIDATES) int64
+    counts_ptr,  # (N,) int32
+    size1,
+    size2,
+    stride0: tl.int64,
+    stride1: tl.int64,
+    stride2: tl.int64,
+    vocab,
+    span,
+    temperature: tl.float64,
+    top_k,
+    top_p: tl.float64,
+    min_p: tl.float64,
+    capacity,
+    FILTERED: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    PLACES: tl.constexpr,
+    SHIFT: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(results[1] + row) == UNKNOWN:
+        row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
+        scale = device.row_scale(row_temperature)
+        row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
+        m = tl.load(results[2] + row)
+        s = tl.exp(tl.load(results[3] + row))
+        swept = (row_ptr, vocab, m, scale, tl.zeros((DEPTH, LANES), tl.int8))
+        threshold = tl.zeros((), tl.float32) + device.LOWEST
+        if FILTERED:
+            filters = (top_k, tl.zeros((), tl.float64) + top_p, tl.zeros((), tl.float64) + min_p)
+            threshold, measured = at.threshold(threshold, m, s, filters, swept, at.above_in_row, SHIFT)
+            threshold = tl.maximum(threshold, at.rounded_up(m + row_temperature * tl.log(filters[2])))
+        size, s, t = at.sums_inside(row_ptr, vocab, threshold, m, scale, DEPTH, LANES)
+        list_ptr = notes_ptr + row * CANDIDATES
+        if (size <= capacity) | PARTIAL:
+            floor = at.first_of_group(at.order_of(threshold))
+            if size > capacity:
+                floor = at.floor_of_largest(capacity, floor, m, swept, at.above_in_row)
+            notes = (list_ptr, counts_ptr + row, tl.arange(0, CANDIDATES))
+            at.note_again(row_ptr, vocab, floor, notes, DEPTH, LANES)
+        _write(
+            row, m, s, t, size, threshold, row_temperature, results, lists, list_ptr, capacity, PARTIAL, PLACES
+        )  # fmt: skip
 
 
 def _launch(logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
             filters: tuple[int, float, float], capacity: int, partial: bool, outputs: RowSupport) -> None:  # fmt: skip
     rows, vocab = outputs.size.numel(), logits.shape[-1]
-    depth, lanes = layout.tile(logits, SWEPT)
+    lanes = layout.tile(logits)[1]
     align = layout.alignment(logits)
     filtered = filters != (0, 1.0, 0.0)
-    groups = triton.next_power_of_2(max(filters[0] or capacity, capacity, 1))
-    candidates = triton.next_power_of_2(
-        max(min(vocab, 32 * groups, MOST_CANDIDATES), 1024 if vocab > 512 else 16, capacity)
-    )
-    noting = filtered or capacity > 0
-    notes = torch.empty((rows, candidates), dtype=torch.int64, device=logits.device) if noting else None
-    counts = torch.zeros((rows,), dtype=torch.int32, device=logits.device) if noting else None
+    groups = triton.next_power_of_2(max(filters[0] or LISTED, capacity))
+    candidates = min(32 * groups, MOST_CANDIDATES, triton.next_power_of_2(vocab))
+    candidates = max(candidates, triton.next_power_of_2(capacity), 16)
+    notes = counts = None
+    if filtered or capacity > 0:
+        notes = torch.empty((rows, candidates), dtype=torch.int64, device=logits.device)
+        counts = torch.zeros((rows,), dtype=torch.int32, device=logits.device)
+    shape = (*layout.kernel_sizes(logits), *layout.kernel_strides(logits, align), vocab)
+    span = 1 if temperatures is None else layout.span(temperatures, rows)
+    arguments = (outputs[:5], outputs[5:], notes, counts, *shape, span, temperature, *filters, capacity)
+    options = {
+        "FILTERED": filtered,
+        "PARTIAL": partial,
+        "CANDIDATES": candidates,
+        "PLACES": triton.next_power_of_2(max(capacity, 1)),
+        "SHIFT": {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}[logits.dtype],
+        "DEPTH": 1,  # the notes of a deeper tile would spill
+        "LANES": lanes,
+        "ALIGN": align,
+        **layout.sweep_options(),
+    }
     with layout.on_device(logits):
-        _support_kernel[(rows,)](
-            logits,
-            mask,
-            temperatures,
-            outputs[:5],
-            outputs[5:],
-            notes,
-            counts,
-            *layout.kernel_sizes(logits),
-            *layout.kernel_strides(logits, align),
-            vocab,
-            1 if temperatures is None else layout.span(temperatures, rows),
-            temperature,
-            *filters,
-            capacity,
-            FILTERED=filtered,
-            PARTIAL=partial,
-            CANDIDATES=candidates,
-            PLACES=triton.next_power_of_2(max(capacity, 1)),
-            GROUPS=min(groups, lanes),
-            SHIFT={torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}[logits.dtype],
-            DEPTH=depth,
-            LANES=lanes,
-            ALIGN=align,
-            **layout.sweep_options(),
-        )
+        _support_kernel[(rows,)](logits, mask, temperatures, *arguments, GROUPS=min(groups, lanes), **options)
+        if notes is not None:
+            _search_kernel[(rows,)](logits, temperatures, *arguments, **options)
 
 
 def _empty_support(logits: Tensor, capacity: int) -> RowSupport:

@@ -31,13 +31,27 @@ def rounded_up(x):
 
 
 @jit
-def _raised(bound, m, s, scale, bounds, groups):
+def bounds(filters, vocab, capacity, temperature, GROUPS: tl.constexpr):
+    """What raises the bound of the candidates: the temperature, logs of top_p's and min_p's shares, whether groups do.
+
+    Without top_k the groups only serve the list: the support may reach below, and is then not listed.
+    """
+    top_k, top_p, min_p = filters
+    # Where top_p measures what top_k kept, min_p must not take any of it away.
+    log_rest = tl.where(top_k > 0, float("-inf"), tl.log((1.0 - top_p) / vocab))
+    log_peak = tl.where((top_k > 0) & (top_p < 1), float("-inf"), tl.log(min_p))
+    by_groups = tl.maximum(top_k, capacity) <= GROUPS
+    return temperature.to(tl.float32), log_rest.to(tl.float32), log_peak.to(tl.float32), by_groups
+
+
+@jit
+def _raised(bound, m, s, scale, limits, groups):
     """The largest number that S provably does not reach below, from lanes' maxima m and sums s so far.
 
-    If top_k is at most the number of `groups` of lanes, each holds a logit not below the least of their maxima; all
+    If top_k is at most the number of groups of lanes, each group holds a logit not below the least of their maxima; all
     logits more than T (log(1 / (1 - top_p)) + log V) below the log-sum hold less than 1 - top_p of the mass together.
     """
-    temperature, log_rest, log_min_p, enough_groups = bounds
+    temperature, log_rest, log_min_p, by_groups = limits
     row_m = tl.max(m, 0)
     log_sum = tl.log(tl.sum(s * tl.exp2(tl.maximum((m - row_m) * scale, device.FLOOR)), 0))
     nucleus = row_m + temperature * (log_sum + log_rest)
@@ -46,7 +60,7 @@ def _raised(bound, m, s, scale, bounds, groups):
     peak -= 1e-5 * (tl.abs(peak) + temperature)
     GROUPS: tl.constexpr = groups.shape[0]
     least = tl.min(tl.max(tl.reshape(m, (m.shape[0] // GROUPS, GROUPS)), 0), 0)
-    bound = tl.maximum(bound, tl.where(enough_groups, least, device.LOWEST))
+    bound = tl.maximum(bound, tl.where(by_groups, least, device.LOWEST))
     return tl.maximum(bound, tl.maximum(nucleus, peak))
 
 
@@ -67,25 +81,25 @@ def _note(z, columns, found, notes):
 @jit
 def _fold_candidates(state, z, other, columns, arguments):
     m, s, t, finite, bound = state
-    scale, bounds, groups, notes = arguments
+    scale, limits, groups, notes = arguments
     m, s, t = device.fold(m, s, t, z, scale)
     finite += tl.sum((z >= device.LOWEST).to(tl.int32), 0)
     if notes is not None:
         if tl.max(tl.max(z, 0), 0) >= bound:
-            bound = _raised(bound, m, s, scale, bounds, groups)
+            bound = _raised(bound, m, s, scale, limits, groups)
             _note(z, columns, z >= bound, notes)
     return m, s, t, finite, bound
 
 
 @jit
-def sweep_candidates(row_ptr, vocab, scale, bounds, groups, notes, DEPTH: tl.constexpr, LANES: tl.constexpr):
+def sweep_candidates(row_ptr, vocab, scale, limits, groups, notes, DEPTH: tl.constexpr, LANES: tl.constexpr):
     """`device.sweep`, the number of finite logits, and a bound; all that are at least it are noted."""
     m = tl.full((LANES,), device.LOWEST, tl.float32)
     s = tl.zeros((LANES,), tl.float32)
     t = tl.zeros((LANES,), tl.float32)
     finite = tl.zeros((LANES,), tl.int32)
     state = (m, s, t, finite, tl.zeros((), tl.float32) + device.LOWEST)
-    arguments = (scale, bounds, groups, notes)
+    arguments = (scale, limits, groups, notes)
     m, s, t, finite, bound = device.walk(row_ptr, None, vocab, state, arguments, _fold_candidates, DEPTH, LANES)
     row_m, row_s, row_t = device.add_statistics((m, s, t), scale)
     return row_m, row_s, row_t, tl.sum(finite, 0), bound
