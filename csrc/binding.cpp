@@ -102,12 +102,12 @@ void row_gradient(Tensor logits, Tensor token_ids, std::optional<Tensor> mask, d
 int64_t capacity_of(const Tensor& lists, int64_t rows) { return rows == 0 ? 0 : lists.numel() / rows; }
 
 void row_support(Tensor logits, std::optional<Tensor> mask, double temperature, std::optional<Tensor> temperatures,
-                 int64_t top_k, double top_p, double min_p, Tensor threshold, Tensor size, Tensor max, Tensor log_sum,
+                 int64_t top_k, double top_p, double min_p, bool partial, Tensor threshold, Tensor size, Tensor max, Tensor log_sum,
                  Tensor entropy, Tensor token_ids, Tensor log_probs, std::string instruction_set) {
   const RowView view = row_view(logits);
   const int64_t rows = view.rows(), capacity = capacity_of(token_ids, rows);
   sdkernels::row_support(kernels_for(instruction_set), view, row_arguments(view, std::nullopt, mask, temperature, temperatures),
-                         {top_k, top_p, min_p}, capacity,
+                         {top_k, top_p, min_p}, capacity, partial,
                          {floats(threshold, rows), vector_of<int64_t>(size, ScalarType::Long, rows), floats(max, rows),
                           doubles(log_sum, rows), floats(entropy, rows),
                           vector_of<int32_t>(token_ids, ScalarType::Int, rows * capacity), floats(log_probs, rows * capacity)},
@@ -219,7 +219,7 @@ STABLE_TORCH_LIBRARY(sdkernels_cpu, m) {
       "Tensor(a!) grad, str instruction_set='') -> ()");
   m.def(
       "row_support(Tensor logits, Tensor? mask, float temperature, Tensor? temperatures, int top_k, float top_p, "
-      "float min_p, Tensor(a!) threshold, Tensor(b!) size, Tensor(c!) max, Tensor(d!) log_sum, Tensor(e!) entropy, "
+      "float min_p, bool partial, Tensor(a!) threshold, Tensor(b!) size, Tensor(c!) max, Tensor(d!) log_sum, Tensor(e!) entropy, "
       "Tensor(f!) token_ids, Tensor(g!) log_probs, str instruction_set='') -> ()");
   m.def(
       "truncated_log_softmax(Tensor logits, float temperature, Tensor? temperatures, Tensor threshold, Tensor size, "

@@ -9,11 +9,19 @@ bool collect(const T* block, int64_t count, int64_t first_id, float bound, Candi
   const Floats bounds = fill(bound);
   Words largest{};
   auto append = [&](Floats z, int64_t id) {
-    for (uint32_t lanes = at_least(z, bounds); lanes; lanes &= lanes - 1) {
+    uint32_t lanes = at_least(z, bounds);
+#if SDK_LANES == 16
+    _mm512_storeu_ps(&found.values[found.count], _mm512_maskz_compress_ps(lanes, bits<__m512>(z)));
+    const Ints ids = static_cast<int32_t>(id) + Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    _mm512_storeu_si512(&found.ids[found.count], _mm512_maskz_compress_epi32(lanes, bits<__m512i>(ids)));
+    found.count += __builtin_popcount(lanes);
+#else
+    for (; lanes; lanes &= lanes - 1) {
       const int lane = __builtin_ctz(lanes);
       found.values[found.count] = z[lane];
       found.ids[found.count++] = static_cast<int32_t>(id + lane);
     }
+#endif
   };
   auto step = [&](const T* source, int64_t id) {
     Floats z[kUnroll];

@@ -132,7 +132,7 @@ void row_statistics(const Kernels&, const RowView& logits, const RowArguments&, 
 void row_gradient(const Kernels&, const RowView& logits, const RowArguments&, const RowResults& saved,
                   const UpstreamGradients&, const RowView& grad, const ParallelFor&);
 void row_support(const Kernels&, const RowView& logits, const RowArguments&, const Filters&, int64_t capacity,
-                 const SupportResults&, const ParallelFor&);
+                 bool partial, const SupportResults&, const ParallelFor&);
 void truncated_log_softmax(const Kernels&, const RowView& logits, const RowArguments&, const Supports&,
                            const RowView& result, const ParallelFor&);
 void truncated_gradient(const Kernels&, const RowView& logits, const RowArguments&, const Supports&,

@@ -4,7 +4,7 @@
 #include <limits>
 #include <numeric>
 
-#include "launch.h"
+#include "blocks.h"
 
 namespace sdkernels {
 namespace {
@@ -14,22 +14,22 @@ constexpr int64_t kFirstBlock = 256;  // a bound from few logits makes the next 
 // What one thread reuses from row to row.
 struct Workspace {
   Candidates found;
-  std::vector<float> values;
-  std::vector<int64_t> order;
+  std::vector<float> values, sorted;
+  std::vector<int64_t> order, ends;
 
-  void reserve(int64_t count) {
-    if (static_cast<int64_t>(found.values.size()) >= count) return;
-    found.values.resize(2 * count);
-    found.ids.resize(2 * count);
+  void reserve(int64_t count) {  // and a vector more, which may be written but does not count
+    if (static_cast<int64_t>(found.values.size()) >= count + kPadding) return;
+    found.values.resize(2 * count + kPadding);
+    found.ids.resize(2 * count + kPadding);
   }
 
   void keep_at_least(float bound) {
     int64_t kept = 0;
-    for (int64_t i = 0; i < found.count; ++i)
-      if (found.values[i] >= bound) {
-        found.values[kept] = found.values[i];
-        found.ids[kept++] = found.ids[i];
-      }
+    for (int64_t i = 0; i < found.count; ++i) {  // without a branch that half of the logits would mispredict
+      found.values[kept] = found.values[i];
+      found.ids[kept] = found.ids[i];
+      kept += found.values[i] >= bound;
+    }
     found.count = kept;
   }
 
@@ -105,16 +105,51 @@ Swept sweep(const Row& row, const Filters& filters, int64_t capacity, Workspace&
   return swept;
 }
 
+constexpr int64_t kFew = 4096;
+constexpr int64_t kBuckets = 2048;
+
+// Sorts many values into buckets, largest first, and notes where those end; equal values share one. Returns whether
+// their range is finite.
+bool fill_buckets(std::vector<float>& values, Workspace& work, float max) {
+  const float range = max - *std::min_element(values.begin(), values.end());
+  if (!(range <= -kLowest)) return false;
+  const float buckets_per_logit = (kBuckets - 1) / std::max(range, 1e-30f);
+  auto bucket = [&](float z) { return static_cast<int64_t>((max - z) * buckets_per_logit); };
+  work.ends.assign(kBuckets + 1, 0);
+  for (float z : values) ++work.ends[bucket(z) + 1];
+  std::partial_sum(work.ends.begin(), work.ends.end(), work.ends.begin());
+  work.sorted.resize(values.size());
+  for (float z : values) work.sorted[work.ends[bucket(z)]++] = z;  // each begin becomes its end
+  values.swap(work.sorted);
+  return true;
+}
+
 // The smallest logit of the nucleus: the fewest largest values whose mass reaches `target`.
-float nucleus_threshold(const Row& row, std::vector<float>& values, float max, double target) {
-  auto mass = [&](auto begin, auto end) {
-    const Statistics part = row.of_values(&*begin, end - begin);
+float nucleus_threshold(const Row& row, Workspace& work, float max, double target) {
+  auto mass = [&](const float* begin, const float* end) {
+    const Statistics part = row.of_values(begin, end - begin);
     return part.sum * std::exp2(std::fmax((double(part.max) - max) * row.scale, kFloor));
   };
-  auto begin = values.begin(), end = values.end();
+  std::vector<float>& values = work.values;
+  float *begin = values.data(), *end = begin + values.size();
   double above = 0.0;
+  if (end - begin > kFew && fill_buckets(values, work, max)) {
+    float* const first = begin = values.data();
+    end = begin + values.size();
+    for (int64_t i = 0; i < kBuckets; ++i) {
+      float* const bucket_end = first + work.ends[i];
+      const double inside = begin == bucket_end ? 0.0 : mass(begin, bucket_end);
+      if (above + inside >= target) {
+        end = bucket_end;
+        break;
+      }
+      if (bucket_end == end) break;  // the last ones, where the sums of the parts miss the target by their rounding
+      above += inside;
+      begin = bucket_end;
+    }
+  }
   while (end - begin > 64) {  // the mass of the upper half tells in which half the threshold is
-    const auto middle = begin + (end - begin) / 2;
+    float* const middle = begin + (end - begin) / 2;
     std::nth_element(begin, middle, end, std::greater<float>());
     const double upper = mass(begin, middle);
     if (above + upper >= target) {
@@ -142,15 +177,15 @@ float find_threshold(const Row& row, const Filters& filters, const Swept& swept,
   if (filters.top_p < 1.0) {
     const Statistics mass = filters.top_k ? row.of_values(work.found.values.data(), work.found.count) : swept.mass;
     work.values.assign(work.found.values.begin(), work.found.values.begin() + work.found.count);
-    threshold = std::max(threshold, nucleus_threshold(row, work.values, mass.max, filters.top_p * mass.sum));
+    threshold = std::max(threshold, nucleus_threshold(row, work, mass.max, filters.top_p * mass.sum));
   }
   return std::max(threshold, min_p_threshold(row, filters, swept.max));
 }
 
-int64_t write_list(const Row& row, Workspace& work, int64_t capacity, float max, double log_sum, int32_t* ids,
-                   float* log_probs) {
-  if (capacity == 0) return 0;
+int64_t write_list(const Row& row, Workspace& work, int64_t capacity, bool partial, float max, double log_sum,
+                   int32_t* ids, float* log_probs) {
   const Candidates& found = work.found;
+  if (capacity == 0 || (found.count > capacity && !partial)) return 0;
   const int64_t listed = std::min(capacity, found.count);
   work.order.resize(found.count);
   std::iota(work.order.begin(), work.order.end(), 0);
@@ -173,8 +208,8 @@ Statistics of_row(const Row& row) {
   return total;
 }
 
-void support_of_row(const Row& row, const Filters& filters, int64_t capacity, Workspace& work, int64_t index,
-                    const SupportResults& results) {
+void support_of_row(const Row& row, const Filters& filters, int64_t capacity, bool partial, Workspace& work,
+                    int64_t index, const SupportResults& results) {
   Swept swept;
   if (filters.active() || capacity > 0) swept = sweep(row, filters, capacity, work);
   float threshold = kLowest;
@@ -199,7 +234,7 @@ void support_of_row(const Row& row, const Filters& filters, int64_t capacity, Wo
   results.entropy[index] = static_cast<float>(log_sum - kept.weighted / (kLog2E * kept.sum));
   int32_t* ids = results.token_ids + index * capacity;
   float* log_probs = results.log_probs + index * capacity;
-  const int64_t listed = write_list(row, work, capacity, kept.max, log_sum, ids, log_probs);
+  const int64_t listed = write_list(row, work, capacity, partial, kept.max, log_sum, ids, log_probs);
   std::fill(ids + listed, ids + capacity, -1);
   std::fill(log_probs + listed, log_probs + capacity, -HUGE_VALF);
 }
@@ -215,7 +250,7 @@ void SupportResults::set_all(int64_t row, int64_t capacity, float value) const {
 }
 
 void row_support(const Kernels& kernels, const RowView& logits, const RowArguments& arguments, const Filters& filters,
-                 int64_t capacity, const SupportResults& results, const ParallelFor& parallel_for) {
+                 int64_t capacity, bool partial, const SupportResults& results, const ParallelFor& parallel_for) {
   std::vector<int64_t> kept;
   for (int64_t row = 0; row < logits.rows(); ++row) {
     if (arguments.keeps(row)) {
@@ -230,7 +265,7 @@ void row_support(const Kernels& kernels, const RowView& logits, const RowArgumen
       const double temperature = arguments.temperature_of(kept[i]);
       const Row row{kernels, kernels.rows[logits.dtype], logits.at(kept[i], 0), logits.vocab, logits.element_size(),
                     temperature, scale(temperature)};
-      support_of_row(row, filters, capacity, work, kept[i], results);
+      support_of_row(row, filters, capacity, partial, work, kept[i], results);
     }
   });
 }

@@ -291,7 +291,7 @@ def row_support(
         _launch(logits, mask, temperature, temperatures, filters, capacity, partial, outputs)
         return tuple(outputs)
     temperatures = None if temperatures is None else temperatures.double()
-    torch.ops.sdkernels_cpu.row_support(logits, mask, temperature, temperatures, *filters, *outputs)
+    torch.ops.sdkernels_cpu.row_support(logits, mask, temperature, temperatures, *filters, partial, *outputs)
     return tuple(outputs)
 
 
