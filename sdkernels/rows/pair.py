@@ -377,7 +377,7 @@ def _launch_gradient(student, base, temperature, temperatures, support, statisti
             LIST_LANES=min(triton.next_power_of_2(max(capacity, 1)), LIST_LANES),
             BLOCK=block,
             ALIGN=align,
-            num_warps=THREADS // layout.WARP_SIZE,
+            **layout.sweep_options(),
         )
 
 

@@ -243,7 +243,7 @@ def _launch_options(logits: Tensor, support: RowSupport) -> dict[str, int]:
     return {
         "PLACES": triton.next_power_of_2(max(support.token_ids.shape[-1], 1)),
         "BLOCK": BLOCK_BYTES // logits.element_size(),
-        "num_warps": THREADS // layout.WARP_SIZE,
+        **layout.sweep_options(),
     }
 
 
