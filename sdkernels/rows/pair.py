@@ -436,16 +436,18 @@ def _(student, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    student, base, _, ctx.temperature, *tensors = inputs
+    student, base, mask, ctx.temperature, *tensors = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[4:])
-    ctx.save_for_backward(student, base, *tensors, *output)
+    ctx.save_for_backward(mask, student, base, *tensors, *output)
 
 
 def _backward(ctx, *upstream):
-    student, base, *tensors = ctx.saved_tensors
+    mask, student, base, *tensors = ctx.saved_tensors
     zeros = torch.zeros(student.shape[:-1], dtype=torch.float64, device=student.device)
     upstream = [zeros if x is None else x.double().contiguous() for x in upstream[:4]]
+    if mask is not None:
+        upstream = [torch.where(mask, x, 0) for x in upstream]
     grad = pair_gradient(student, base, ctx.temperature, *tensors, *upstream)
     return grad, *(None,) * 8
 
