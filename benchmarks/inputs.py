@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -42,6 +43,11 @@ class Inputs:
     def scratch(self) -> Tensor:
         """Memory like the student's logits, shared by the cases that write over them."""
         return torch.empty_like(self.student)
+
+    @cached_property
+    def derived(self) -> dict[Any, Any]:
+        """What was computed of these inputs once and is needed again, by key."""
+        return {}
 
     @cached_property
     def teacher_log_prob(self) -> Tensor:

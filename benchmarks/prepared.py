@@ -15,8 +15,8 @@ Results = dict[str, Tensor]
 class Forward(Prepared):
     """A function of nothing, run without gradient."""
 
-    def __init__(self, function: Callable[[], Results]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[[], Results], beside: Callable[[], Results] = dict) -> None:
+        self.function, self.beside = function, beside
 
     def reset(self) -> None:
         """Free the last results."""
@@ -28,12 +28,15 @@ class Forward(Prepared):
         self.output = self.function()
 
     def result(self) -> Results:
-        """What the function gave."""
-        return self.output
+        """What the function gave, and what the truth must know beside it."""
+        return {**self.output, **self.beside()}
 
 
 class ForwardBackward(Prepared):
-    """A loss of a leaf, with the leaf's gradient; with `scratch` the leaf is a copy there, to be written over."""
+    """A function of a leaf, with the leaf's gradient; with `scratch` the leaf is a copy there, to be written over.
+
+    Backward starts from the result and with the gradient that `upstream` names; `beside` is never timed.
+    """
 
     def __init__(
         self,
@@ -41,8 +44,11 @@ class ForwardBackward(Prepared):
         loss: Callable[[Tensor], Results],
         scratch: Tensor | None = None,
         gradient: Callable[[Tensor], Results] = lambda gradient: {"gradient": gradient},
+        upstream: tuple[str, Tensor | None] = ("loss", None),
+        beside: Callable[[], Results] = dict,
     ) -> None:
         self.source, self.loss, self.scratch, self.gradient = leaf.detach(), loss, scratch, gradient
+        self.upstream, self.beside = upstream, beside
 
     def reset(self) -> None:
         """A new leaf without gradient, over the same logits."""
@@ -53,8 +59,9 @@ class ForwardBackward(Prepared):
     def run(self) -> None:
         """Forward and backward."""
         self.output = self.loss(self.leaf)
-        self.output["loss"].backward()
+        name, gradient = self.upstream
+        self.output[name].backward(gradient)
 
     def result(self) -> Results:
-        """What the loss gave, and the gradient."""
-        return {**self.output, **self.gradient(self.leaf.grad)}
+        """What the function gave, the gradient, and what the truth must know beside them."""
+        return {**self.output, **self.gradient(self.leaf.grad), **self.beside()}

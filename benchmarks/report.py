@@ -110,7 +110,7 @@ def _processor() -> str:
     return match[1] if match else platform.processor() or platform.machine()
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, packages: Sequence[str]) -> dict[str, Any]:
     """Where and with what a benchmark ran."""
     found: dict[str, Any] = {}
     if device.type == "cuda":
@@ -126,7 +126,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             hint = "unset, so PyTorch's own tensors get none; see --help" if mode and mode[1] == "madvise" else "unset"
             found["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", hint)
     found |= {"python": platform.python_version(), "torch": torch.__version__}
-    found |= {package: _version(package) for package in ("triton", "trl", "liger-kernel")}
+    found |= {package: _version(package) for package in packages}
     found["commit"] = _output("git", "describe", "--always", "--tags", "--dirty")
     found["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return found
@@ -173,7 +173,7 @@ def show_measurements(screen: Screen, title: str, rows: Sequence[Measurement]) -
     sections = []
     for op in dict.fromkeys(row.op for row in rows):
         of_op = [row for row in rows if row.op == op]
-        kernel = next((f", ours {row.kernel_bytes}" for row in of_op if row.kernel_bytes), "")
+        kernel = next((f", ours {row.kernel_bytes:.3g}" for row in of_op if row.kernel_bytes), "")
         label = [*op.split(", "), f"{of_op[0].least_bytes} B/logit{kernel}"]
         cells = [measurement_cells(row) for row in of_op]
         blank = ("",) * (len(COLUMNS) - 1)

@@ -48,16 +48,18 @@ class Case:
     """An implementation of an operation.
 
     `least_sweeps` counts the rows that any implementation must read or write per token, in units of the logits'
-    dtype: times its size, the minimal bytes per logits element. `kernel_sweeps` counts what ours move.
+    dtype: times its size, the minimal bytes per logits element. `kernel_sweeps` counts what ours move; where that
+    depends on the rows, it is a function of the inputs. `setting` is what the truth must know beside the inputs.
     """
 
     op: str
     name: str
     build: Callable  # of the inputs: a Prepared; may raise Unable or ImportError
     least_sweeps: int
-    kernel_sweeps: int | None = None
+    kernel_sweeps: int | Callable[[Any], float] | None = None
     allowed_error: float = 1.0  # as a multiple of the tolerance
     note: str = ""  # why it is wrong, where it is known to be
+    setting: Any = None
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Measurement:
     op: str
     name: str
     least_bytes: int  # per logits element
-    kernel_bytes: int | None
+    kernel_bytes: float | None
     errors: dict[str, float] = field(default_factory=dict)  # as multiples of their tolerances
     reason: str = ""
     note: str = ""
@@ -155,17 +157,14 @@ def why_not(error: Exception) -> str:
 
 def check(case: Case, inputs: Any, truth: Any, itemsize: int) -> tuple[Measurement, Prepared | None]:
     """Build and run a case once; it comes back prepared only if every result is right."""
-    measurement = Measurement(
-        case.op,
-        case.name,
-        case.least_sweeps * itemsize,
-        case.kernel_sweeps * itemsize if case.kernel_sweeps else None,
-    )
+    sweeps = case.kernel_sweeps(inputs) if callable(case.kernel_sweeps) else case.kernel_sweeps
+    kernel_bytes = sweeps * itemsize if sweeps else None
+    measurement = Measurement(case.op, case.name, case.least_sweeps * itemsize, kernel_bytes)
     try:
         prepared = case.build(inputs)
         prepared.reset()
         prepared.run()
-        measurement.errors = truth.errors(prepared.result())
+        measurement.errors = truth.errors(prepared.result(), case.setting)
     except Exception as error:  # whatever a peer raises belongs into its row
         measurement.reason = why_not(error)
         return measurement, None
@@ -214,8 +213,8 @@ def measure(
 ) -> tuple[list[Measurement], float]:
     """Check, then time the cases on one input: a row for each, and the copy bandwidth in bytes per second.
 
-    `truth.errors(result)` gives errors as multiples of their tolerances; speedups are over the case named `baseline`
-    of the same operation. Progress counts one per checked case and as many again for the timing.
+    `truth.errors(result, setting)` gives errors as multiples of their tolerances; speedups are over the case named
+    `baseline` of the same operation. Progress counts one per checked case and as many again for the timing.
     """
     rows: list[Measurement] = []
     ready: dict[str, Prepared] = {}

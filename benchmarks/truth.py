@@ -47,6 +47,19 @@ def evidence_formula(student_log_prob: Tensor, teacher_log_prob: Tensor, advanta
     return weight, advantages * weight.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE)
 
 
+def worst_of(multiples: Tensor) -> float:
+    """The largest of some errors; infinite and NaN ones are 1e30."""
+    return float(multiples.nan_to_num(nan=FAR_OFF, posinf=FAR_OFF).max())
+
+
+def gradient_multiples(gradient: Tensor, expected: Tensor, coefficient: Tensor) -> Tensor:
+    """||g - g*|| of each row over its bound; `expected` is overwritten."""
+    smallest = SMALLEST.get(gradient.dtype, 0.0) * gradient.shape[-1] ** 0.5
+    rounding = ROUNDING[gradient.dtype] * expected.norm(dim=-1) + smallest
+    bound = GRADIENT_TOLERANCE * coefficient.abs() + rounding
+    return expected.sub_(gradient).norm(dim=-1) / (bound + 1e-30)
+
+
 class Truth:
     """The float64 results on some inputs: per-token values are kept, rows are formed again chunk by chunk."""
 
@@ -69,7 +82,7 @@ class Truth:
         gradient = torch.softmax(self.inputs.student[rows].double(), -1).mul_(-coefficient)
         return gradient.scatter_add_(-1, self.inputs.token_ids[rows, None], coefficient)
 
-    def errors(self, result: dict[str, Tensor]) -> dict[str, float]:
+    def errors(self, result: dict[str, Tensor], setting: None = None) -> dict[str, float]:
         """The worst error of each of an implementation's results, as a multiple of its tolerance, at most 1e30.
 
         Known names: log_prob, entropy, weight, advantage, loss, gradient (of the logits) and hidden_gradient.
@@ -85,20 +98,14 @@ class Truth:
         }
         worst = {}
         for name, value in result.items():
-            multiples = measures[name](value.detach() if name == "gradient" else value.detach().double())
-            worst[name] = float(multiples.nan_to_num(nan=FAR_OFF, posinf=FAR_OFF).max())
+            worst[name] = worst_of(measures[name](value.detach() if name == "gradient" else value.detach().double()))
         return worst
 
     def _gradient_errors(self, gradient: Tensor) -> Tensor:
         """||g - g*|| of each row over its bound."""
         multiples = torch.empty_like(self.coefficient)
-        smallest = SMALLEST.get(gradient.dtype, 0.0) * gradient.shape[-1] ** 0.5
         for rows in row_chunks(gradient):
-            expected = self.row_gradient(rows)
-            rounding = ROUNDING[gradient.dtype] * expected.norm(dim=-1) + smallest
-            bound = GRADIENT_TOLERANCE * self.coefficient[rows].abs() + rounding
-            error = expected.sub_(gradient[rows]).norm(dim=-1)
-            multiples[rows] = error / (bound + 1e-30)
+            multiples[rows] = gradient_multiples(gradient[rows], self.row_gradient(rows), self.coefficient[rows])
         return multiples
 
     def _hidden_gradient_errors(self, gradient: Tensor) -> Tensor:

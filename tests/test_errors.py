@@ -271,3 +271,5 @@ def test_an_unknown_option_is_refused():
             ALL[name](arguments(), label_smoothing=0.1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'label_smoothing'"):
         sdkernels.GRPOLoss(label_smoothing=0.1)(*list(arguments().values())[::2], torch.ones(B))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'label_smoothing'"):
+        sdkernels.SSDLoss(0.8, label_smoothing=0.1)(torch.randn(B, T, V), torch.randn(B, T, V))

@@ -6,7 +6,16 @@ import torch
 from closeness import assert_same_bits
 from conftest import INTERPRETED
 
-from sdkernels import grpo_loss, rlsd_loss, rlsd_token_advantage, token_log_prob
+from sdkernels import (
+    grpo_loss,
+    rlsd_loss,
+    rlsd_token_advantage,
+    ssd_decomposition,
+    ssd_loss,
+    token_log_prob,
+    truncated_log_softmax,
+    truncated_support,
+)
 
 B, T, V = 3, 2, 9001 if INTERPRETED else 50257
 
@@ -49,6 +58,48 @@ def test_token_advantages_allocate_nothing_large():
     student, teacher, token_ids, advantages = problem(torch.bfloat16)
     allocated, _ = large_allocations(lambda: rlsd_token_advantage(student, teacher, token_ids, advantages))
     assert allocated == []
+
+
+LISTS, THRESHOLDS = {"top_k": 20}, {"top_p": 0.99, "min_p": 1e-4}  # supports of at most 64 tokens, and of more
+IDS = torch.arange(20).expand(B, T, 20)
+TRUNCATED = {
+    "token_log_prob": lambda x, y, i, **f: sum(token_log_prob(x, i, 0.9, **f)).mean(),
+    "replayed token_log_prob": lambda x, y, i, **f: token_log_prob(x, i, support=torch.arange(20).expand(B, T, 20))[
+        1
+    ].sum(),
+    "ssd_decomposition": lambda x, y, i, **f: sum(ssd_decomposition(x, y, 0.9, **f)[:3]).mean(),
+    "ssd_loss": lambda x, y, i, **f: ssd_loss(x, y, 0.9, **f).loss,
+    "ssd_loss of a Support": lambda x, y, i, **f: ssd_loss(x, truncated_support(y, 0.9, **f, max_size=64), 0.9).loss,
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "time_major", "padded_vocabulary"])
+@pytest.mark.parametrize("filters", [LISTS, THRESHOLDS], ids=["lists", "thresholds"])
+@pytest.mark.parametrize("dtype", nasty.DTYPES[:3])
+@pytest.mark.parametrize("name", TRUNCATED)
+def test_truncated_forward_allocates_nothing_large_and_backward_one_gradient(name, dtype, filters, layout):
+    student, base, token_ids, _ = problem(dtype, layout=layout)
+    TRUNCATED[name](student, base, token_ids, **filters)
+    allocated, value = large_allocations(lambda: TRUNCATED[name](student, base, token_ids, **filters))
+    assert allocated == []
+    allocated, _ = large_allocations(lambda: torch.autograd.grad(value, student))
+    assert allocated == [student.numel() * student.element_size()]
+
+
+@pytest.mark.parametrize("filters", [LISTS, THRESHOLDS, {}], ids=["lists", "thresholds", "no filter"])
+@pytest.mark.parametrize("dtype", nasty.DTYPES[:3])
+def test_truncated_support_allocates_nothing_large_and_log_softmax_its_result(dtype, filters):
+    logits, *_ = problem(dtype)
+    truncated_support(logits, 0.9, **filters, max_size=64)
+    allocated, _ = large_allocations(lambda: truncated_support(logits, 0.9, **filters, max_size=64))
+    assert allocated == []
+    for result in (None, torch.float32):
+        truncated_log_softmax(logits, 0.9, **filters, dtype=result)
+        allocated, log_q = large_allocations(lambda: truncated_log_softmax(logits, 0.9, **filters, dtype=result))  # noqa: B023
+        assert allocated == [log_q.numel() * log_q.element_size()]
+        upstream = torch.ones_like(log_q)
+        allocated, _ = large_allocations(lambda: torch.autograd.grad(log_q, logits, upstream))  # noqa: B023
+        assert allocated == [logits.numel() * logits.element_size()]
 
 
 @pytest.mark.parametrize("dtype", nasty.DTYPES[:3])
@@ -125,6 +176,10 @@ def test_without_in_place_nothing_of_the_user_s_is_written(device):
     given = (student, teacher, token_ids, advantages, old, mask)
     before = [(x._version, x.detach().clone()) for x in given]
     rlsd_loss(student, teacher, token_ids, advantages, old, mask=mask, token_weight=mask).loss.backward()
+    for filters in (LISTS, THRESHOLDS, {}):
+        ssd_loss(student, teacher, 0.9, **filters, mask=mask, token_weight=mask).loss.backward()
+        token_log_prob(student, token_ids, **filters, mask=mask).log_prob.sum().backward()
+        truncated_log_softmax(student, **filters).sum().backward()
     for x, (version, values) in zip(given, before, strict=True):
         assert x._version == version
         assert torch.equal(x.detach(), values)

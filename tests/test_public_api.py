@@ -27,10 +27,21 @@ SIGNATURES = {
     "grpo_loss": "(logits, token_ids, advantages, old_log_prob=None, *, epsilon_low=0.2, epsilon_high=0.2, "
     "dual_clip=None, reference_log_prob=None, beta=0.0, temperature=1.0, mask=None, token_weight=None, "
     "reduction='token-mean', normalizer=None, cu_seqlens=None, inplace=False, group=None, vocab_start=None)",
+    "truncated_log_softmax": "(logits, temperature=1.0, *, top_k=None, top_p=None, min_p=None, dtype=None, group=None, "
+    "vocab_start=None)",
+    "truncated_support": "(logits, temperature=1.0, *, top_k=None, top_p=None, min_p=None, max_size, mask=None)",
+    "save_support": "(path, support)",
+    "load_support": "(path)",
+    "ssd_decomposition": "(student_logits, base, temperature, *, top_k=None, top_p=None, min_p=None, mask=None, "
+    "group=None, vocab_start=None)",
+    "ssd_loss": "(student_logits, base, temperature, *, top_k=None, top_p=None, min_p=None, weights=(1.0, 1.0, 1.0), "
+    "mask=None, token_weight=None, reduction='token-mean', normalizer=None, cu_seqlens=None, group=None, "
+    "vocab_start=None)",
+    "effective_temperature": "(train_temperature, eval_temperature)",
     "lambda_schedule": "(step, *, peak=0.5, warmup_steps=0, decay_steps=0)",
     "rlsd_metrics": "(output, mask=None, *, clip_range=0.2, epsilon_low=0.2, epsilon_high=0.2)",
 }
-LATER = {"top_k", "top_p", "min_p", "support", "group", "vocab_start"}
+LATER = {"group", "vocab_start"}
 RESULTS = {
     "TokenLogProb": ("log_prob", "entropy"),
     "EvidenceAdvantage": ("advantage", "weight", "information_gain"),
@@ -39,6 +50,10 @@ RESULTS = {
     "RLSDOutput": ("loss", "advantage", "weight", "information_gain", "student_log_prob", "teacher_log_prob",
                    "student_entropy", "teacher_entropy", "ratio"),
     "GRPOOutput": ("loss", "log_prob", "entropy", "ratio"),
+    "Support": ("token_ids", "log_probs", "size", "temperature"),
+    "SSDTerms": ("support_compression", "within_support_reshaping", "base_alignment", "constant", "cross_entropy",
+                 "kept_mass", "support_size"),
+    "SSDOutput": ("loss", "terms"),
 }  # fmt: skip
 
 

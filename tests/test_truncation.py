@@ -5,9 +5,24 @@ import oracles
 import pytest
 import torch
 from closeness import assert_gradient, assert_log_probs, assert_same_bits, assert_within
+from conftest import INTERPRETED
 from hypothesis import given
 from hypothesis import strategies as st
-from supports import FULL, KINDS, SOME_FILTERS, SWEEP, TEMPERATURES, assert_allowed, filters, name, rows
+from supports import (
+    DTYPES,
+    FULL,
+    KINDS,
+    LAYOUTS,
+    SOME_FILTERS,
+    SWEEP,
+    TEMPERATURES,
+    WIDE,
+    assert_allowed,
+    few,
+    filters,
+    name,
+    rows,
+)
 
 from sdkernels import truncated_log_softmax
 from sdkernels.reference import truncation as reference
@@ -44,17 +59,16 @@ def test_closed_form_gradient_of_the_oracle_equals_autograd():
     torch.testing.assert_close(closed, logits.grad, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("chosen", filters(vocab=111), ids=name)
+@pytest.mark.parametrize("chosen", few(filters(vocab=111)), ids=name)
 def test_the_reference_equals_the_formula(chosen):
     temperature = torch.tensor(TEMPERATURES)
     for kind in ("gaussian", "scattered_minus_inf", "tied_everywhere"):
         check(rows(kind, 5, 111, torch.float64), function=reference.truncated_log_softmax, temperature=temperature,
               **chosen)  # fmt: skip
-        check(rows(kind, 5, 111), function=reference.truncated_log_softmax, temperature=0.8, **chosen)
 
 
 @pytest.mark.parametrize("function", [truncated_log_softmax, reference.truncated_log_softmax])
-@pytest.mark.parametrize("chosen", filters(vocab=13)[::3], ids=name)
+@pytest.mark.parametrize("chosen", few(filters(vocab=13)[::3]), ids=name)
 def test_gradcheck(chosen, function):
     logits = torch.randn(2, 3, 13, dtype=torch.float64) * 3
     temperature = torch.tensor([0.5, 2.0], dtype=torch.float64)
@@ -65,37 +79,39 @@ def test_gradcheck(chosen, function):
     assert torch.autograd.gradcheck(probabilities, logits.requires_grad_())
 
 
-@pytest.mark.parametrize("dtype", nasty.DTYPES[:2])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("chosen", SWEEP, ids=name)
 def test_every_filter_at_a_full_vocabulary(chosen, dtype, device):
     kinds = ("gaussian", "gumbel", "tied_everywhere", "large_in_one_place", "gaussian")
-    logits = torch.cat([rows(kind, 1, FULL, dtype, device) for kind in kinds])
-    check(logits, temperature=torch.tensor(TEMPERATURES, device=device).roll(len(str(chosen))), **chosen)
+    each = torch.tensor(TEMPERATURES, device=device).roll(len(str(chosen)))
+    count = 2 if INTERPRETED else 5
+    logits = torch.cat([rows(kind, 1, FULL, dtype, device) for kind in kinds[:count]])
+    check(logits, temperature=each[:count], **chosen)
 
 
-@pytest.mark.parametrize("dtype", nasty.DTYPES[2:])
+@pytest.mark.parametrize("dtype", DTYPES[2:])
 @pytest.mark.parametrize("chosen", SOME_FILTERS, ids=name)
 def test_the_other_dtypes_at_a_full_vocabulary(chosen, dtype, device):
     check(rows("gaussian", 3, FULL, dtype, device), temperature=0.8, **chosen)
 
 
-@pytest.mark.parametrize("dtype", nasty.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_nasty_rows(kind, dtype, device):
-    logits = rows(kind, 3, 50257, dtype, device)
+    logits = rows(kind, 3, WIDE, dtype, device)
     for chosen in ({"top_k": 5}, {"top_p": 0.95}, {"top_k": 300, "min_p": 0.01}, {}):
         check(logits, temperature=1.6, **chosen)
 
 
-@pytest.mark.parametrize("chosen", filters(vocab=111), ids=name)
+@pytest.mark.parametrize("chosen", few(filters(vocab=111)), ids=name)
 @pytest.mark.parametrize("vocab", [1, 2, 111])
 def test_small_vocabularies(vocab, chosen, device):
     check(rows("gaussian", 3, vocab, device=device), temperature=0.5, **chosen)
     check(rows("ties", 3, vocab, device=device), **chosen)
 
 
-@pytest.mark.parametrize("layout", nasty.LAYOUTS)
-@pytest.mark.parametrize(("dtype", "vocab"), [(torch.float32, 50257), (torch.bfloat16, FULL), (torch.float64, 111)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "vocab"), [(torch.float32, WIDE), (torch.bfloat16, FULL), (torch.float64, 111)])
 def test_views_give_the_bits_of_contiguous_logits(layout, dtype, vocab, device):
     logits = rows("gumbel", 4, vocab, dtype, device).reshape(2, 2, vocab)
     view, upstream = nasty.LAYOUTS[layout](logits), torch.randn(2, 2, vocab, device=device)
@@ -109,7 +125,7 @@ def test_views_give_the_bits_of_contiguous_logits(layout, dtype, vocab, device):
                          ids=["stride 0 over tokens", "stride 0 over V", "random", "vocabulary first"])  # fmt: skip
 @pytest.mark.parametrize("chosen", [{"top_k": 5}, {"top_p": 0.999}, {}], ids=name)
 def test_upstream_gradients_of_any_layout(chosen, make, device):
-    logits, upstream = rows("gaussian", 4, 50257, device=device) / 5, make(torch.randn(4, 50257, device=device))
+    logits, upstream = rows("gaussian", 4, WIDE, device=device) / 5, make(torch.randn(4, WIDE, device=device))
     leaf = logits.clone().requires_grad_()
     log_q = truncated_log_softmax(leaf, 0.8, **chosen)
     (gradient,) = torch.autograd.grad(log_q, leaf, upstream)
@@ -135,7 +151,7 @@ def test_temperature_per_token_per_sequence_and_zero_dimensional(chosen, dtype, 
         check(logits, temperature=temperature, **chosen)
 
 
-@pytest.mark.parametrize("dtype", nasty.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("result", [None, *nasty.DTYPES])
 def test_the_result_has_the_dtype_of_torch_log_softmax(result, dtype, device):
     logits = rows("gumbel", 3, 999, dtype, device).requires_grad_()
@@ -158,14 +174,14 @@ def test_the_result_has_the_dtype_of_torch_log_softmax(result, dtype, device):
 @pytest.mark.parametrize("chosen", [{"top_k": 0}, {"top_p": 1.0}, {"min_p": 0.0}, {"top_k": 0, "top_p": 1, "min_p": 0}],
                          ids=name)  # fmt: skip
 def test_what_keeps_everything_is_no_filter(chosen, device):
-    logits = rows("gaussian", 3, 50257, device=device)
+    logits = rows("gaussian", 3, WIDE, device=device)
     plain, gradient, upstream = run(logits)
     for each, same in zip(run(logits, upstream, **chosen), (plain, gradient), strict=False):
         assert_same_bits(each, same)
     assert_within(plain, logits.double().log_softmax(-1), 2e-5)
 
 
-@pytest.mark.parametrize("dtype", nasty.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("chosen", [*SOME_FILTERS, {}], ids=name)
 def test_a_bad_row_is_nan_and_no_other(chosen, bad, dtype, device):
@@ -179,10 +195,10 @@ def test_a_bad_row_is_nan_and_no_other(chosen, bad, dtype, device):
         assert_same_bits(each[[0, 4]], before[[0, 4]])
 
 
-@pytest.mark.parametrize("dtype", nasty.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chosen", [*SOME_FILTERS, {}], ids=name)
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_run(chosen, dtype, device):
-    logits = rows("gumbel", 9, 50257, dtype, device).reshape(3, 3, 50257)
+    logits = rows("gumbel", 9, WIDE, dtype, device).reshape(3, 3, WIDE)
     upstream = torch.randn(logits.shape, device=device)
     whole, again = run(logits, upstream, **chosen), run(logits, upstream, **chosen)
     alone = run(logits[1:2, 1], upstream[1:2, 1], **chosen)
@@ -193,18 +209,18 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_the_run(chosen, dtype, device
 
 @pytest.mark.parametrize("chosen", SOME_FILTERS, ids=name)
 def test_adding_a_number_to_a_row_changes_nothing(chosen, device):
-    logits = torch.randint(-256, 257, (3, 50257), device=device) / 16  # exact in float32, before and after the shift
-    upstream = torch.randn(3, 50257, device=device)
+    logits = torch.randint(-256, 257, (3, WIDE), device=device) / 16  # exact in float32, before and after the shift
+    upstream = torch.randn(3, WIDE, device=device)
     plain, shifted = (run(x, upstream, temperature=0.7, **chosen) for x in (logits, logits + 128))
     for each, moved in zip(plain, shifted, strict=True):
         assert_same_bits(moved, each)
 
 
-@pytest.mark.parametrize("dtype", nasty.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chosen", SOME_FILTERS, ids=name)
 def test_the_order_of_the_vocabulary_does_not_matter(chosen, dtype, device):
     for kind in ("gaussian", "tied_everywhere"):
-        logits, order = rows(kind, 3, 50257, dtype, device), torch.randperm(50257, device=device)
+        logits, order = rows(kind, 3, WIDE, dtype, device), torch.randperm(WIDE, device=device)
         plain, permuted = (run(x, torch.ones_like(x), **chosen)[0] for x in (logits, logits[:, order]))
         assert torch.equal(plain[:, order] > -torch.inf, permuted > -torch.inf)
         assert_within(permuted, plain[:, order], 2e-6 * plain[:, order].abs().clamp(min=1))
