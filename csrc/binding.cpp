@@ -167,17 +167,17 @@ sdkernels::Pair pair_of(int64_t rows, const RowView* base, const std::optional<T
 }
 
 sdkernels::PairResults pair_results(int64_t rows, const Tensor& lse, const Tensor& support_lse, const Tensor& tempered_lse,
-                                    const Tensor& cross, const Tensor& negentropy, const Tensor& size, const Tensor& base_log_sum,
-                                    const Tensor& max, const Tensor& support_max, const Tensor& base_max) {
+                                    const Tensor& cross, const Tensor& negentropy, const Tensor& size, const Tensor& log_sum,
+                                    const Tensor& base_log_sum, const Tensor& max, const Tensor& support_max, const Tensor& base_max) {
   return {doubles(lse, rows), doubles(support_lse, rows), doubles(tempered_lse, rows), doubles(cross, rows), doubles(negentropy, rows),
-          vector_of<int64_t>(size, ScalarType::Long, rows), doubles(base_log_sum, rows),
+          vector_of<int64_t>(size, ScalarType::Long, rows), doubles(log_sum, rows), doubles(base_log_sum, rows),
           floats(max, rows), floats(support_max, rows), floats(base_max, rows)};
 }
 
 void pair_statistics(Tensor student, std::optional<Tensor> base, std::optional<Tensor> mask, double temperature,
                      std::optional<Tensor> temperatures, std::optional<Tensor> threshold, std::optional<Tensor> size,
                      std::optional<Tensor> token_ids, std::optional<Tensor> log_probs, Tensor lse, Tensor support_lse,
-                     Tensor tempered_lse, Tensor cross, Tensor negentropy, Tensor support_size, Tensor base_log_sum,
+                     Tensor tempered_lse, Tensor cross, Tensor negentropy, Tensor support_size, Tensor log_sum, Tensor base_log_sum,
                      Tensor max, Tensor support_max, Tensor base_max, std::string instruction_set) {
   const RowView view = row_view(student);
   const int64_t rows = view.rows();
@@ -185,14 +185,14 @@ void pair_statistics(Tensor student, std::optional<Tensor> base, std::optional<T
   sdkernels::pair_statistics(
       kernels_for(instruction_set), view, row_arguments(view, std::nullopt, mask, temperature, temperatures),
       pair_of(rows, base ? &base_view : nullptr, threshold, size, token_ids, log_probs),
-      pair_results(rows, lse, support_lse, tempered_lse, cross, negentropy, support_size, base_log_sum, max, support_max, base_max),
+      pair_results(rows, lse, support_lse, tempered_lse, cross, negentropy, support_size, log_sum, base_log_sum, max, support_max, base_max),
       parallel_for);
 }
 
 void pair_gradient(Tensor student, std::optional<Tensor> base, double temperature, std::optional<Tensor> temperatures,
                    std::optional<Tensor> threshold, std::optional<Tensor> size, std::optional<Tensor> token_ids,
                    std::optional<Tensor> log_probs, Tensor lse, Tensor support_lse, Tensor tempered_lse, Tensor cross,
-                   Tensor negentropy, Tensor support_size, Tensor base_log_sum, Tensor max, Tensor support_max, Tensor base_max,
+                   Tensor negentropy, Tensor support_size, Tensor log_sum, Tensor base_log_sum, Tensor max, Tensor support_max, Tensor base_max,
                    Tensor on_lse, Tensor on_support_lse, Tensor on_tempered_lse, Tensor on_cross, Tensor grad,
                    std::string instruction_set) {
   const RowView view = row_view(student);
@@ -201,7 +201,7 @@ void pair_gradient(Tensor student, std::optional<Tensor> base, double temperatur
   sdkernels::pair_gradient(
       kernels_for(instruction_set), view, row_arguments(view, std::nullopt, std::nullopt, temperature, temperatures),
       pair_of(rows, base ? &base_view : nullptr, threshold, size, token_ids, log_probs),
-      pair_results(rows, lse, support_lse, tempered_lse, cross, negentropy, support_size, base_log_sum, max, support_max, base_max),
+      pair_results(rows, lse, support_lse, tempered_lse, cross, negentropy, support_size, log_sum, base_log_sum, max, support_max, base_max),
       {doubles(on_lse, rows), doubles(on_support_lse, rows), doubles(on_tempered_lse, rows), doubles(on_cross, rows)},
       view_like(grad, view), parallel_for);
 }
@@ -233,13 +233,13 @@ STABLE_TORCH_LIBRARY(sdkernels_cpu, m) {
       "pair_statistics(Tensor student, Tensor? base, Tensor? mask, float temperature, Tensor? temperatures, "
       "Tensor? threshold, Tensor? size, Tensor? token_ids, Tensor? log_probs, Tensor(a!) lse, Tensor(b!) support_lse, "
       "Tensor(c!) tempered_lse, Tensor(d!) cross, Tensor(e!) negentropy, Tensor(f!) support_size, "
-      "Tensor(g!) base_log_sum, Tensor(h!) max, Tensor(i!) support_max, Tensor(j!) base_max, "
+      "Tensor(g!) log_sum, Tensor(h!) base_log_sum, Tensor(i!) max, Tensor(j!) support_max, Tensor(k!) base_max, "
       "str instruction_set='') -> ()");
   m.def(
       "pair_gradient(Tensor student, Tensor? base, float temperature, Tensor? temperatures, Tensor? threshold, "
       "Tensor? size, Tensor? token_ids, Tensor? log_probs, Tensor lse, Tensor support_lse, Tensor tempered_lse, "
-      "Tensor cross, Tensor negentropy, Tensor support_size, Tensor base_log_sum, Tensor max, Tensor support_max, "
-      "Tensor base_max, Tensor on_lse, Tensor on_support_lse, Tensor on_tempered_lse, Tensor on_cross, "
+      "Tensor cross, Tensor negentropy, Tensor support_size, Tensor log_sum, Tensor base_log_sum, Tensor max, "
+      "Tensor support_max, Tensor base_max, Tensor on_lse, Tensor on_support_lse, Tensor on_tempered_lse, Tensor on_cross, "
       "Tensor(a!) grad, str instruction_set='') -> ()");
 }
 

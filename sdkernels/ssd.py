@@ -130,7 +130,7 @@ def ssd_loss(
     terms, keep = _terms(student_logits, base, temperature, top_k, top_p, min_p, mask, cu_seqlens)
     loss = terms.constant
     for weight, term in zip(weights, terms[:3], strict=True):
-        loss = loss + weight * term if weight != 0 else loss
+        loss = loss + (weight * term if weight != 0 else 0 * term.nan_to_num(0, 0, 0))  # it may be infinite
     if token_weight is not None:
         loss = torch.where(keep, loss * token_weight, 0)
     terms = _in_dtype_of(student_logits, terms)

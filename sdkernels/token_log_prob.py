@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdkernels import _check
-from sdkernels.rows.layout import as_rows, at_tokens, kept_tokens, kernel_temperature
+from sdkernels.rows.layout import RowSupport, as_rows, at_tokens, kept_tokens, kernel_temperature
 from sdkernels.rows.statistics import check_values, row_statistics
 from sdkernels.rows.support import LISTED
 from sdkernels.rows.truncated import truncated_token_log_prob
@@ -128,30 +128,50 @@ def _replayed_log_prob(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> TokenLogProb:
-    """On K + 1 gathered logits a row, so plain PyTorch does: a gather forward, a scatter backward."""
+    """On K + 1 gathered logits of each row; the rest of it is not read."""
     if filters.active:
         raise ValueError("support replaces top_k, top_p and min_p: they must be None")
-    keep = kept_tokens(token_ids, mask)
-    vocab = logits.shape[-1]
     ids = _check.support_ids(
         "support", support.token_ids if isinstance(support, Support) else support, token_ids.shape, logits
     )
-    number, temperatures = kernel_temperature(temperature, token_ids.shape, cu_seqlens)
+    rows = as_rows(logits)
+    keep = kept_tokens(token_ids, mask).reshape(rows.shape[:-1]).contiguous()
+    labels, ids = token_ids.reshape(keep.shape).contiguous(), ids.reshape(*keep.shape, ids.shape[-1])
+    scaling = kernel_temperature(temperature, token_ids.shape, cu_seqlens)
     if not torch.compiler.is_compiling():
-        check_values(logits, token_ids, mask, temperatures)
-        _check.support_id_values("support", ids, keep, vocab)
-    label = token_ids.unsqueeze(-1)
-    places = torch.cat((ids, label.masked_fill((ids == label).any(-1, keepdim=True), -1)), -1).long()
-    live = keep.unsqueeze(-1) & (places != -1)
-    valid = (places >= 0) & (places < vocab)
-    z = logits.gather(-1, places.where(live & valid, 0)).double().where(valid, torch.nan)
+        check_values(rows, labels, keep, scaling[1])
+        _check.support_id_values("support", ids, keep, logits.shape[-1])
+    found = _support_of_ids(rows.detach(), labels, ids, keep, scaling)
+    log_prob, entropy = truncated_token_log_prob(rows, labels, keep, *scaling, *found)
+    return TokenLogProb(log_prob.reshape(token_ids.shape), entropy.reshape(token_ids.shape))
+
+
+def _support_of_ids(
+    rows: Tensor, labels: Tensor, ids: Tensor, keep: Tensor, scaling: tuple[float, Tensor | None]
+) -> RowSupport:
+    """Given ids (..., K) and the label as a support; an id outside the vocabulary makes it invalid."""
+    number, temperatures = scaling
     t = number if temperatures is None else at_tokens(temperatures, keep.shape).where(keep, 1).unsqueeze(-1)
-    # Places of no token are -inf; in masked rows 0, for no gradient passes through a softmax of nothing.
-    y = torch.where(live, z / t, torch.where(keep.unsqueeze(-1), -torch.inf, 0.0))
-    log_q = y.log_softmax(-1)
-    log_prob = log_q.where(live & (places == label), 0).sum(-1)
-    log_prob = log_prob.masked_fill(log_prob == -torch.inf, -torch.inf)  # a constant: no gradient
-    surprise = log_q.masked_fill(log_q == -torch.inf, 0)
-    entropy = -(log_q.exp() * surprise).sum(-1)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return TokenLogProb(torch.where(keep, log_prob, 0), torch.where(keep, entropy, 0).to(dtype))
+    is_label = (ids == labels.unsqueeze(-1)) & (ids != -1)
+    places = torch.cat((ids, labels.unsqueeze(-1)), -1).long()
+    live = torch.cat((ids != -1, ~is_label.any(-1, keepdim=True)), -1) & keep.unsqueeze(-1)
+    inside = (places >= 0) & (places < rows.shape[-1])
+    z = rows.gather(-1, places.where(live & inside, 0)).double().where(inside, torch.nan).where(live, -torch.inf)
+    live = live & (z != -torch.inf)
+    m = z.amax(-1, keepdim=True)
+    y = (z - m) / t
+    log_sum = y.exp().sum(-1, keepdim=True).log()
+    log_q = y - log_sum
+    entropy = -(log_q.exp() * log_q).where(live, 0).sum(-1)
+    invalid = torch.where(keep & ~m[..., 0].isfinite(), torch.nan, 0.0)
+    first = live.to(torch.int8).argsort(dim=-1, descending=True, stable=True)  # a list has no gaps
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return RowSupport(
+        torch.full_like(m[..., 0], torch.finfo(dtype).min).to(dtype) + invalid.to(dtype),
+        live.sum(-1).where(keep & (invalid == 0), 0),
+        torch.where(keep, m[..., 0], 0).to(dtype),
+        torch.where(keep, log_sum[..., 0], 0) + invalid,
+        torch.where(keep, entropy, 0).to(dtype) + invalid.to(dtype),
+        places.where(live, -1).gather(-1, first).int(),
+        log_q.where(live, -torch.inf).gather(-1, first).to(dtype),
+    )

@@ -114,7 +114,7 @@ def launch(case: Case) -> None:
     sparse = (None, None, found.token_ids, found.log_probs)
     dense = (found.threshold, found.size, *sparse[2:]) if case.options else (None,) * 4
     pair_support = sparse if other is None else dense
-    pair_results = (*(doubles,) * 5, sizes, doubles, *(values,) * 3)
+    pair_results = (*(doubles,) * 5, sizes, doubles, doubles, *(values,) * 3)
     if case.op == "statistics":
         statistics._launch(rows, ids, mask, 0.7, temperatures, (doubles, *(values,) * 3))
     elif case.op == "gradient":

@@ -111,10 +111,10 @@ struct Pair {
   bool listed(int64_t row) const { return token_ids && (!size || size[row] <= capacity); }
 };
 
-struct PairResults {
+struct PairResults {  // the first four centred at support_max
   double *lse, *support_lse, *tempered_lse, *cross, *negentropy;
   int64_t* size;
-  double* base_log_sum;
+  double *log_sum, *base_log_sum;
   float *max, *support_max, *base_max;
 };
 

@@ -65,12 +65,14 @@ void finish_row(const PairStatistics& r, bool listed, double temperature, int64_
   const bool valid = r.sum >= 0.5 && r.size > 0 && r.base_sum == r.base_sum && r.support_sum == r.support_sum;
   const double invalid = valid ? 0.0 : std::numeric_limits<double>::quiet_NaN();
   const double base_log_sum = listed ? 0.0 : std::log(r.base_sum);
-  results.lse[row] = r.max + std::log(r.sum) + invalid;
-  results.support_lse[row] = r.support_max + std::log(r.support_sum) + invalid;
-  results.tempered_lse[row] = r.support_max + temperature * std::log(r.tempered_sum) + invalid;
-  results.cross[row] = r.support_max + r.cross / (listed ? 1.0 : r.base_sum) + invalid;
+  const double log_sum = std::log(r.sum);
+  results.lse[row] = (double(r.max) - r.support_max) + log_sum + invalid;
+  results.support_lse[row] = std::log(r.support_sum) + invalid;
+  results.tempered_lse[row] = temperature * std::log(r.tempered_sum) + invalid;
+  results.cross[row] = r.cross / (listed ? 1.0 : r.base_sum) + invalid;
   results.negentropy[row] = (listed ? r.base_weighted : r.base_weighted / (kLog2E * r.base_sum) - base_log_sum) + invalid;
   results.size[row] = r.size;
+  results.log_sum[row] = log_sum + invalid;
   results.base_log_sum[row] = base_log_sum;
   results.max[row] = r.max;
   results.support_max[row] = r.support_max;
@@ -78,7 +80,8 @@ void finish_row(const PairStatistics& r, bool listed, double temperature, int64_
 }
 
 void set_zero(int64_t row, const PairResults& results) {
-  for (double* each : {results.lse, results.support_lse, results.tempered_lse, results.cross, results.negentropy, results.base_log_sum})
+  for (double* each : {results.lse, results.support_lse, results.tempered_lse, results.cross, results.negentropy, results.log_sum,
+                       results.base_log_sum})
     each[row] = 0.0;
   for (float* each : {results.max, results.support_max, results.base_max}) each[row] = 0.0f;
   results.size[row] = 0;
@@ -144,7 +147,7 @@ void pair_gradient(const Kernels& kernels, const RowView& student, const RowArgu
   parallel_for(student.rows(), grain(student), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const double on[] = {upstream.on_lse[row], upstream.on_support_lse[row], upstream.on_tempered_lse[row], upstream.on_cross[row]};
-      if (on[0] == 0.0 && on[1] == 0.0 && on[2] == 0.0 && on[3] == 0.0 && saved.lse[row] == saved.lse[row]) {
+      if (on[0] == 0.0 && on[1] == 0.0 && on[2] == 0.0 && on[3] == 0.0 && saved.log_sum[row] == saved.log_sum[row]) {
         std::memset(grad.at(row, 0), 0, grad.vocab * grad.element_size());
         continue;
       }
@@ -154,10 +157,10 @@ void pair_gradient(const Kernels& kernels, const RowView& student, const RowArgu
       c.max = saved.max[row];
       c.support_max = saved.support_max[row];
       c.base_max = saved.base_max[row];
-      c.log2_sum = static_cast<float>(kLog2E * (saved.lse[row] - c.max));
+      c.log2_sum = static_cast<float>(kLog2E * saved.log_sum[row]);
       // Where no gradient flows a distribution may not even exist: then 0 must not meet its NaN.
-      if (on[1] != 0.0) c.support_log2_sum = static_cast<float>(kLog2E * (saved.support_lse[row] - c.support_max));
-      if (on[2] != 0.0) c.tempered_log2_sum = static_cast<float>(kLog2E * (saved.tempered_lse[row] - c.support_max) / temperature);
+      if (on[1] != 0.0) c.support_log2_sum = static_cast<float>(kLog2E * saved.support_lse[row]);
+      if (on[2] != 0.0) c.tempered_log2_sum = static_cast<float>(kLog2E * saved.tempered_lse[row] / temperature);
       c.base_log2_sum = static_cast<float>(kLog2E * saved.base_log_sum[row]);
       c.on_p = static_cast<float>(on[0]);
       c.on_support_p = static_cast<float>(on[1]);

@@ -124,11 +124,20 @@ def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _log_q(logits: Tensor, temperature: float, temperatures: Tensor | None, support: RowSupport) -> Tensor:
-    """log q (..., V), -inf outside S, NaN in rows without a distribution."""
+    """log q (..., V), -inf outside S, NaN in rows without a distribution; of the lists where rows are listed."""
     z, t = _scaled(logits, temperature, temperatures)
     threshold, size, m, log_sum = (x.unsqueeze(-1) for x in support[:4])
-    log_q = ((z - m) / t - log_sum).to(z.dtype).where((z >= threshold) & (size > 0), -torch.inf)
+    log_q = ((z - m) / t - log_sum).to(z.dtype).where(z >= threshold, -torch.inf)
+    listed = size <= support.token_ids.shape[-1]
+    log_q = torch.where(listed, _scattered(support.token_ids, support.log_probs, z), log_q)
     return log_q.masked_fill(log_sum.isnan(), torch.nan)
+
+
+def _scattered(token_ids: Tensor, log_probs: Tensor, like: Tensor) -> Tensor:
+    """Listed log-probs at their ids, -inf elsewhere, (..., V)."""
+    vocab = like.shape[-1]
+    log_q = torch.full((*like.shape[:-1], vocab + 1), -torch.inf, dtype=like.dtype, device=like.device)
+    return log_q.scatter_(-1, token_ids.long().where(token_ids >= 0, vocab), log_probs.to(like.dtype))[..., :-1]
 
 
 def truncated_log_softmax(
@@ -180,18 +189,21 @@ def pair_statistics(
     log_q, base_max, base_log_sum = _base_log_q(z, base, t, threshold, token_ids, log_probs)
     inside = log_q != -torch.inf
     m, support_m = z.amax(-1, keepdim=True), z.where(inside, -torch.inf).amax(-1, keepdim=True)
-    lse = _row_sum((z - m).exp()).log() + m
+    support_m = support_m.clamp(min=torch.finfo(torch.float64).min)
+    log_sum = _row_sum((z - m).exp()).log()
     y = (z - support_m).where(inside, -torch.inf)
-    support_lse = _row_sum(y.exp()).log() + support_m
-    tempered_lse = _row_sum((y / t).exp()).log() * t + support_m
+    support_lse = _row_sum(y.exp()).log()
+    tempered_lse = _row_sum((y / t).exp()).log() * t
     q = log_q.exp()
-    cross, negentropy = (_row_sum((q * x).where(q > 0, 0)) for x in (z, log_q))
-    valid = inside.any(-1, keepdim=True)
-    results = [x.where(valid, torch.nan)[..., 0] for x in (lse, support_lse, tempered_lse, cross, negentropy)]
-    results += [inside.sum(-1), base_log_sum[..., 0], *(x[..., 0] for x in (m, support_m, base_max))]
+    cross, negentropy = (_row_sum((q * x).where(q != 0, 0)) for x in (y, log_q))
+    valid = inside.any(-1, keepdim=True) & m.isfinite() & ~log_q.isnan().any(-1, keepdim=True)
+    results = (m - support_m + log_sum, support_lse, tempered_lse, cross, negentropy)
+    results = [x.where(valid, torch.nan)[..., 0] for x in results]
+    results += [inside.sum(-1), log_sum.where(valid, torch.nan)[..., 0]]
+    results += [x[..., 0] for x in (base_log_sum, m, support_m, base_max)]
     results = [torch.where(keep, x, 0) for x in results]
     dtype = torch.promote_types(student.dtype, torch.float32)
-    return (*results[:7], *(x.to(dtype) for x in results[7:]))
+    return (*results[:8], *(x.to(dtype) for x in results[8:]))
 
 
 def pair_gradient(
@@ -209,13 +221,12 @@ def pair_gradient(
     """See ``sdkernels.rows.pair.pair_gradient``."""
     z, t = _scaled(student.double(), temperature, temperatures)
     log_q = _base_log_q(z, base, t, threshold, token_ids, log_probs)[0]
-    lse, support_lse, tempered_lse = (x.unsqueeze(-1) for x in statistics[:3])
-    inside = log_q != -torch.inf
+    support_lse, tempered_lse, log_sum, m, support_m = (statistics[i].unsqueeze(-1) for i in (1, 2, 6, 8, 9))
+    y = (z - support_m).where(log_q != -torch.inf, -torch.inf)
     grad = torch.zeros_like(z)
-    parts = (z - lse, *(x.where(inside, -torch.inf) for x in (z - support_lse, (z - tempered_lse) / t)), log_q)
-    for on, log_p in zip(upstream, parts, strict=True):
+    for on, log_p in zip(upstream, (z - m - log_sum, y - support_lse, (y - tempered_lse) / t, log_q), strict=True):
         grad = grad + torch.where(on.unsqueeze(-1) == 0, 0, on.unsqueeze(-1) * log_p.exp())
-    return grad.masked_fill(lse.isnan(), torch.nan).to(student.dtype)
+    return grad.masked_fill(log_sum.isnan(), torch.nan).to(student.dtype)
 
 
 def _base_log_q(
@@ -229,9 +240,7 @@ def _base_log_q(
     """log q (..., V) of the base's logits or lists, -inf outside S; the logits' maximum and log sum over S."""
     if base is None:
         nothing = torch.zeros_like(like[..., :1])
-        ids = token_ids.long().where(token_ids >= 0, like.shape[-1])
-        log_q = nothing.new_full((*like.shape[:-1], like.shape[-1] + 1), -torch.inf)
-        return log_q.scatter_(-1, ids, log_probs.to(like.dtype))[..., :-1], nothing, nothing
+        return _scattered(token_ids, log_probs, like), nothing, nothing
     b = base.to(like.dtype)
     m = b.amax(-1, keepdim=True)
     inside = b > -torch.inf if threshold is None else b >= threshold.unsqueeze(-1)

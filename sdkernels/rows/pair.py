@@ -121,16 +121,18 @@ def _sweep_list(row_ptr, vocab, ids_ptr, log_probs_ptr, capacity, scales, LANES:
 def _store_statistics(row, m, s, sums, temperature, results):
     support_m, support_s, tempered, base_m, base_s, base_t, cross, size = sums
     lse_ptr, support_lse_ptr, tempered_lse_ptr, cross_ptr, negentropy_ptr = results[:5]
-    size_ptr, base_log_sum_ptr, max_ptr, support_max_ptr, base_max_ptr = results[5:]
+    size_ptr, log_sum_ptr, base_log_sum_ptr, max_ptr, support_max_ptr, base_max_ptr = results[5:]
     valid = (s > 0) & (size > 0) & (base_s == base_s) & (support_s == support_s)
     invalid = tl.where(valid, 0.0, float("nan"))
+    log_sum = tl.log(s) + invalid
     base_log_sum = tl.log(base_s)
-    tl.store(lse_ptr + row, m + tl.log(s) + invalid)
-    tl.store(support_lse_ptr + row, support_m + tl.log(support_s) + invalid)
-    tl.store(tempered_lse_ptr + row, support_m + temperature * tl.log(tempered) + invalid)
-    tl.store(cross_ptr + row, support_m + cross / base_s + invalid)
+    tl.store(lse_ptr + row, (m.to(tl.float64) - support_m) + log_sum)
+    tl.store(support_lse_ptr + row, tl.log(support_s) + invalid)
+    tl.store(tempered_lse_ptr + row, temperature * tl.log(tempered) + invalid)
+    tl.store(cross_ptr + row, cross / base_s + invalid)
     tl.store(negentropy_ptr + row, base_t / (base_s * device.LOG2E) - base_log_sum + invalid)
     tl.store(size_ptr + row, size.to(tl.int64))
+    tl.store(log_sum_ptr + row, log_sum)
     tl.store(base_log_sum_ptr + row, base_log_sum)
     tl.store(max_ptr + row, m)
     tl.store(support_max_ptr + row, support_m)
@@ -215,22 +217,22 @@ def _gradient_on_row(z, coefficients):
 @jit
 def _coefficients(row, statistics, upstream, temperature):
     """Maxima, scales, log2 sums and upstream gradients of a row, float32."""
-    lse_ptr, support_lse_ptr, tempered_lse_ptr = statistics[:3]
-    m = tl.load(statistics[7] + row)
-    support_m = tl.load(statistics[8] + row)
+    _, support_lse_ptr, tempered_lse_ptr, _, _, _, log_sum_ptr, _, max_ptr, support_max_ptr, _ = statistics
+    m = tl.load(max_ptr + row)
+    support_m = tl.load(support_max_ptr + row)
     on_row = tl.load(upstream[0] + row)
     on_support = tl.load(upstream[1] + row)
     on_tempered = tl.load(upstream[2] + row)
     on_q = tl.load(upstream[3] + row)
     # Where no gradient flows a distribution may not even exist: then 0 must not meet its NaN.
-    support_log_sum = tl.where(on_support == 0, 0.0, tl.load(support_lse_ptr + row) - support_m)
-    tempered_log_sum = tl.where(on_tempered == 0, 0.0, (tl.load(tempered_lse_ptr + row) - support_m) / temperature)
+    support_log_sum = tl.where(on_support == 0, 0.0, tl.load(support_lse_ptr + row))
+    tempered_log_sum = tl.where(on_tempered == 0, 0.0, tl.load(tempered_lse_ptr + row) / temperature)
     return (
         m,
         support_m,
         device.row_scale(tl.zeros((), tl.float64) + 1.0),
         device.row_scale(temperature),
-        ((tl.load(lse_ptr + row) - m) * device.LOG2E).to(tl.float32),
+        (tl.load(log_sum_ptr + row) * device.LOG2E).to(tl.float32),
         (support_log_sum * device.LOG2E).to(tl.float32),
         (tempered_log_sum * device.LOG2E).to(tl.float32),
         on_row.to(tl.float32),
@@ -304,8 +306,8 @@ def _pair_gradient_kernel(
         if size_ptr is not None:
             dense = (tl.load(size_ptr + row) > capacity).to(tl.int32)
             threshold = tl.load(threshold_ptr + row)
-    base_log2_sum = (tl.load(statistics[6] + row) * device.LOG2E).to(tl.float32)
-    base = (threshold, tl.load(statistics[9] + row), device.row_scale(row_temperature), base_log2_sum, dense)
+    base_log2_sum = (tl.load(statistics[7] + row) * device.LOG2E).to(tl.float32)
+    base = (threshold, tl.load(statistics[10] + row), device.row_scale(row_temperature), base_log2_sum, dense)
     if start + BLOCK <= vocab:
         _write_block(row_ptr, base_row, grad_row, columns, vocab, base, flows, coefficients, True)
     else:
@@ -392,11 +394,12 @@ def pair_statistics(
     size: Tensor | None,
     token_ids: Tensor | None,
     log_probs: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What SSD asks of the student's logits z and of q = softmax(b / T) on S, each (...).
 
-    The differentiable four in float64: log sum_V exp z, log sum_S exp z, T log sum_S exp(z / T), sum_S q z; then
-    sum_S q log q, float64; |S|, int64; and for the gradient the log sum of q and the maxima of z over V and S and of b.
+    The differentiable four in float64: log sum_V exp z, log sum_S exp z, T log sum_S exp(z / T), sum_S q z, all less
+    the maximum of z on S, which their differences do not see. Then sum_S q log q, float64; |S|, int64; and for the
+    gradient the log sums of z over V and of b, centred, float64, and the maxima of z over V and S and of b.
 
     ``student`` and ``base`` (..., V) are what ``layout.as_rows`` returns. S and q come from ``token_ids`` and
     ``log_probs`` (..., C), -1 for none, in rows whose ``size`` is at most C; there the base is not read and may be
@@ -426,7 +429,7 @@ def _runs(implementation: Callable[[Tensor], bool], student: Tensor, base: Tenso
 
 def _empty_statistics(student: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(student.dtype, torch.float32)
-    dtypes = (*(torch.float64,) * 5, torch.int64, torch.float64, *(dtype,) * 3)
+    dtypes = (*(torch.float64,) * 5, torch.int64, *(torch.float64,) * 2, *(dtype,) * 3)
     return tuple(torch.empty(student.shape[:-1], dtype=each, device=student.device) for each in dtypes)
 
 
@@ -471,6 +474,7 @@ def pair_gradient(
     cross: Tensor,
     negentropy: Tensor,
     support_size: Tensor,
+    log_sum: Tensor,
     base_log_sum: Tensor,
     max: Tensor,
     support_max: Tensor,
@@ -492,6 +496,7 @@ def pair_gradient(
         cross,
         negentropy,
         support_size,
+        log_sum,
         base_log_sum,
         max,
         support_max,

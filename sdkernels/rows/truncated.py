@@ -405,7 +405,7 @@ def truncated_token_log_prob(
     log_prob = ((label - max) / t - log_sum).where(label >= threshold, -torch.inf)
     log_prob = log_prob.where(valid & ~log_sum.isnan(), torch.nan)
     keep = layout.kept_tokens(label_ids, mask)
-    return torch.where(keep, log_prob, 0), torch.where(keep, entropy, 0)
+    return torch.where(keep, log_prob, 0), torch.where(keep, entropy + torch.where(valid, 0.0, torch.nan), 0)
 
 
 @truncated_token_log_prob.register_fake
@@ -421,11 +421,16 @@ def _setup_token_log_prob(ctx, inputs, output) -> None:
 
 def _token_log_prob_backward(ctx, on_log_prob, on_entropy):
     logits, label_ids, log_prob, temperatures, *support = ctx.saved_tensors
-    dtype = support[0].dtype
-    on_label = torch.zeros_like(support[0]) if on_log_prob is None else on_log_prob.to(dtype)
-    on_label = on_label.masked_fill((log_prob == -torch.inf) | (support[1] == 0), 0)
+    support = RowSupport(*support)
+    invalid = log_prob.isnan()  # as of a label outside the vocabulary: the row's gradient is NaN, and nothing is read
+    support = support._replace(
+        size=support.size.masked_fill(invalid, 0), log_sum=support.log_sum.masked_fill(invalid, torch.nan)
+    )
+    dtype = support.threshold.dtype
+    on_label = torch.zeros_like(support.threshold) if on_log_prob is None else on_log_prob.to(dtype)
+    on_label = on_label.masked_fill((log_prob == -torch.inf) | (support.size == 0), 0)
     if on_entropy is not None:
-        on_entropy = on_entropy.to(dtype).masked_fill(support[1] == 0, 0)
+        on_entropy = on_entropy.to(dtype).masked_fill(support.size == 0, 0)
     grad = truncated_gradient(logits, None, label_ids, on_label, on_entropy, ctx.temperature, temperatures, *support)
     return grad, *(None,) * 11
 
