@@ -21,12 +21,14 @@ check: $(VENV)/ready
 aot: $(VENV)/ready
 	$(RUN) tests/aot.py $(ARGS)
 
-# On a machine with a GPU, with its own torch and Triton and no network: tests, then the benchmark, results into OUT.
+# On a machine with a GPU, with its own torch and Triton and no network: tests, then the benchmarks, results into OUT.
 gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -c "import torch; torch.cuda.get_device_name()"
 	$(PYTHON) -m pytest -q $(ARGS)
-	PYTHONPATH=. $(PYTHON) benchmarks/bench_rlsd_loss.py --device cuda --json $(OUT)/rlsd_loss.json --plot $(OUT)/rlsd_loss.png
+	for name in rlsd_loss ssd_loss truncation; do \
+		PYTHONPATH=. $(PYTHON) benchmarks/bench_$$name.py --device cuda --json $(OUT)/$$name.json --plot $(OUT)/$$name.png || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build *.egg-info sdkernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

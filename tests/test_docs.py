@@ -25,7 +25,8 @@ def test_make_verbs_named_in_documents_exist():
     assert named <= verbs
 
 
-def test_the_readme_examples_run(capsys):
+def test_the_readme_examples_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     namespace = {}
     for block in blocks:
