@@ -123,14 +123,14 @@ def ssd_loss(
     """
     _check.logits("student_logits", student_logits)
     shape = student_logits.shape[:-1]
-    weights = _check.reals("weights", weights, 3)
+    factors = _check.reals("weights", weights, 3)
     cu_seqlens = _check.cu_seqlens(cu_seqlens, shape, student_logits)
     token_weight = _check.per_token("token_weight", token_weight, shape, student_logits)
     _check.reduction(reduction, normalizer, shape, cu_seqlens, student_logits)
     terms, keep = _terms(student_logits, base, temperature, top_k, top_p, min_p, mask, cu_seqlens)
     loss = terms.constant
-    for weight, term in zip(weights, terms[:3], strict=True):
-        loss = loss + (weight * term if weight != 0 else 0 * term.nan_to_num(0, 0, 0))  # it may be infinite
+    for factor, term in zip(factors, terms[:3], strict=True):
+        loss = loss + (factor * term if factor != 0 else 0 * term.nan_to_num(0, 0, 0))  # it may be infinite
     if token_weight is not None:
         loss = torch.where(keep, loss * token_weight, 0)
     terms = _in_dtype_of(student_logits, terms)
@@ -166,7 +166,7 @@ class SSDLoss(nn.Module):
 
 def _in_dtype_of(logits: Tensor, terms: SSDTerms) -> SSDTerms:
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return SSDTerms(*(x.to(dtype) for x in terms[:-1]), terms.support_size)
+    return SSDTerms(*(x if x is terms.support_size else x.to(dtype) for x in terms))
 
 
 def _terms(
@@ -235,8 +235,8 @@ def _check_sparse_base(
         raise ValueError(f"base.log_probs must have the shape of base.token_ids, {tuple(token_ids.shape)}, "
                          f"got {tuple(log_probs.shape)}")  # fmt: skip
     given = _check.temperature(base.temperature, keep.shape, cu_seqlens, student_logits)
-    pair = (_temperature_at_tokens(x, keep.shape, cu_seqlens) for x in (given, temperature))
-    _check.same_temperature("base.temperature", *pair, keep)
+    recorded, wanted = (_temperature_at_tokens(x, keep.shape, cu_seqlens) for x in (given, temperature))
+    _check.same_temperature("base.temperature", recorded, wanted, keep)
     if not torch.compiler.is_compiling():
         _check.support_id_values("base.token_ids", token_ids, keep, student_logits.shape[-1])
     return token_ids, log_probs

@@ -132,7 +132,7 @@ def launch(case: Case) -> None:
         truncated._upstream_sum(rows, other, found)
     elif case.op == "truncated gradient":
         label = (None, None, None) if case.other else (ids, values, present)
-        with mock.patch.object(truncated, "_upstream_sum", lambda *_: doubles):
+        with mock.patch.object(truncated, "_upstream_sum", return_value=doubles):
             truncated._launch_gradient(rows, other, *label, 0.7, temperatures, found, result)
     elif case.op == "pair statistics":
         pair._launch_statistics(rows, other, mask, 0.7, temperatures, pair_support, pair_results)

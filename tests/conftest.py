@@ -78,6 +78,35 @@ def _interpreter_rounds_bfloat16_as_gpus_do():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _interpreter_patches_the_language_once_a_launch():
+    """Triton's interpreter patches triton.language at each call of a device function: most of its time."""
+    if not INTERPRETED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patched, patch_lang = set(), interpreter._patch_lang
+    launch = interpreter.GridExecutor.__call__
+
+    def launched(self, *arguments, **options):
+        patched.clear()
+        return launch(self, *arguments, **options)
+
+    def patch_once(function):
+        languages = frozenset(id(x) for x in function.__globals__.values() if x is tl or x is tl.core)
+        if languages in patched:
+            return None  # a device function drops it; only the launch restores
+        patched.add(languages)
+        return patch_lang(function)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launched)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _poison_empty():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", _poisoned(torch.empty))

@@ -1,4 +1,4 @@
-"""Claims about the implementations of truncation and SSD: instruction sets, what the kernels load, when they recompile."""
+"""Claims about implementations of truncation and SSD: instruction sets, what the kernels load, when they recompile."""
 
 from functools import partial
 from types import SimpleNamespace

@@ -133,14 +133,15 @@ inline PairStatistics merge(const PairStatistics& a, const PairStatistics& b, co
   r.support_max = a.support_max > b.support_max ? a.support_max : b.support_max;
   r.base_max = a.base_max > b.base_max ? a.base_max : b.base_max;
   for (const PairStatistics* part : {&a, &b}) {
-    const double base_factor = factor(part->base_max, r.base_max, scales.tempered);
     const double shift = std::fmax((double(part->base_max) - r.base_max) * scales.tempered, kFloor);
+    const double base_factor = shift > kFloor ? std::exp2(shift) : 0.0;  // so small a q is 0
     r.sum += part->sum * factor(part->max, r.max, scales.student);
     r.support_sum += part->support_sum * factor(part->support_max, r.support_max, scales.student);
     r.tempered_sum += part->tempered_sum * factor(part->support_max, r.support_max, scales.tempered);
     r.base_sum += part->base_sum * base_factor;
     r.base_weighted += (part->base_weighted + shift * part->base_sum) * base_factor;
-    r.cross += (part->cross + (double(part->support_max) - r.support_max) * part->base_sum) * base_factor;
+    if (base_factor > 0.0)
+      r.cross += (part->cross + (double(part->support_max) - r.support_max) * part->base_sum) * base_factor;
     r.size += part->size;
   }
   return r;

@@ -197,13 +197,13 @@ def pair_statistics(
     q = log_q.exp()
     cross, negentropy = (_row_sum((q * x).where(q != 0, 0)) for x in (y, log_q))
     valid = inside.any(-1, keepdim=True) & m.isfinite() & ~log_q.isnan().any(-1, keepdim=True)
-    results = (m - support_m + log_sum, support_lse, tempered_lse, cross, negentropy)
-    results = [x.where(valid, torch.nan)[..., 0] for x in results]
-    results += [inside.sum(-1), log_sum.where(valid, torch.nan)[..., 0]]
-    results += [x[..., 0] for x in (base_log_sum, m, support_m, base_max)]
-    results = [torch.where(keep, x, 0) for x in results]
+    lse = m - support_m + log_sum
+    sums = [x.where(valid, torch.nan) for x in (lse, support_lse, tempered_lse, cross, negentropy, log_sum)]
+    size = inside.sum(-1, keepdim=True)
+    results = (*sums[:5], size, sums[5], base_log_sum, m, support_m, base_max)
+    kept = [torch.where(keep, x[..., 0], 0) for x in results]
     dtype = torch.promote_types(student.dtype, torch.float32)
-    return (*results[:8], *(x.to(dtype) for x in results[8:]))
+    return (*kept[:8], *(x.to(dtype) for x in kept[8:]))
 
 
 def pair_gradient(

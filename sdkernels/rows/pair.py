@@ -40,8 +40,7 @@ def _fold_support(state, z, base, scales):
     e = tl.exp2(y)
     shift = tl.maximum((base_m - new_base_m) * base_scale, device.FLOOR)
     factor = tl.exp2(shift)
-    moved = (cross + tl.where(base_s == 0, 0.0, (m - new_m) * base_s)) * factor
-    moved = tl.where(cross == float("-inf"), cross, moved)
+    moved = tl.where(factor == 0, 0.0, (cross + tl.where(base_s == 0, 0.0, (m - new_m) * base_s)) * factor)
     return (
         new_m,
         s * tl.exp2((m - new_m) * scale) + tl.sum(tl.exp2(centred * scale), 0),
@@ -70,8 +69,7 @@ def _add_support(state, scales):
     row_base_m = tl.max(base_m, 0)
     shift = tl.maximum((base_m - row_base_m) * base_scale, device.FLOOR)
     factor = tl.exp2(shift)
-    moved = (cross + tl.where(base_s == 0, 0.0, (m - row_m) * base_s)) * factor
-    moved = tl.where(cross == float("-inf"), cross, moved)
+    moved = tl.where(factor == 0, 0.0, (cross + tl.where(base_s == 0, 0.0, (m - row_m) * base_s)) * factor)
     return (
         row_m,
         device.add_lanes(s * tl.exp2((m - row_m) * scale)),

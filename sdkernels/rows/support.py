@@ -199,7 +199,7 @@ def _search_kernel(
         threshold = tl.zeros((), tl.float32) + device.LOWEST
         if FILTERED:
             filters = (top_k, tl.zeros((), tl.float64) + top_p, tl.zeros((), tl.float64) + min_p)
-            threshold, measured = at.threshold(threshold, m, s, filters, swept, at.above_in_row, SHIFT)
+            threshold, _measured = at.threshold(threshold, m, s, filters, swept, at.above_in_row, SHIFT)
             threshold = tl.maximum(threshold, at.rounded_up(m + row_temperature * tl.log(filters[2])))
         size, s, t = at.sums_inside(row_ptr, vocab, threshold, m, scale, DEPTH, LANES)
         list_ptr = notes_ptr + row * CANDIDATES

@@ -210,7 +210,7 @@ def threshold(lowest, m, row_mass, filters, arguments, ABOVE: tl.constexpr, SHIF
             most_mass = tl.where(phase == 0, float("inf"), top_p * row_mass)
             order = bisect(order, highest, most, most_mass, arguments, ABOVE, True, SHIFT)
             if phase == 0:
-                count, row_mass = ABOVE(last_of_group(_unshifted(order - 1, SHIFT)), arguments)
+                _count, row_mass = ABOVE(last_of_group(_unshifted(order - 1, SHIFT)), arguments)
     return float_of(_unshifted(order, SHIFT).to(tl.int32)), row_mass
 
 

@@ -306,8 +306,8 @@ def _launch_gradient(
         slope = slope - on_label
     if on_entropy is not None:
         slope = slope - torch.where(on_entropy == 0, 0, on_entropy * support.entropy)
-    slopes = (slope, None if on_entropy is None else -on_entropy / math.log2(math.e), on_label)
-    slopes = tuple(None if x is None else (x / t).float() for x in slopes)
+    on_log2_q = None if on_entropy is None else -on_entropy / math.log2(math.e)
+    slopes = tuple(None if x is None else (x / t).float() for x in (slope, on_log2_q, on_label))
     align = layout.alignment(logits, grad) if upstream is None else layout.alignment(logits, grad, upstream)
     options = _launch_options(logits, support)
     with layout.on_device(logits):
