@@ -94,6 +94,7 @@ inline PairStatistics pair_statistics(const float* student, const float* base, i
       const uint32_t inside = not_below(b, fill(c.threshold));
       if (!inside) continue;
       result.size += __builtin_popcount(inside);
+      result.impossible |= (inside & ~not_below(z, fill(kLowest))) != 0;
       const Floats centred = (b < c.threshold) ? fill(-HUGE_VALF) : z - result.support_max;
       const Floats y = (b < c.threshold) ? fill(-HUGE_VALF) : (b - result.base_max) * c.tempered;
       const Floats e = exp2_or_0(y);
@@ -101,7 +102,7 @@ inline PairStatistics pair_statistics(const float* student, const float* base, i
       tempered_sum += exp2_or_0(centred * c.tempered);
       base_sum += e;
       base_weighted += e * larger(fill(kSmallest), y);
-      cross += (e == 0.0f) ? Floats{} : e * centred;
+      cross += (e == 0.0f || z < kLowest) ? Floats{} : e * centred;
     }
     result.sum += add_lanes(sum);
     result.support_sum += add_lanes(support_sum);

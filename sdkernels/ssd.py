@@ -191,7 +191,7 @@ def _terms(
     scaling = kernel_temperature(temperature, shape, cu_seqlens)
     if isinstance(base, Support):
         token_ids, log_probs = _check_sparse_base(base, temperature, filters, keep, cu_seqlens, student_logits)
-        lists = (token_ids.int(), log_probs.to(torch.promote_types(student.dtype, torch.float32)))
+        lists = (token_ids.clamp(-1, 2**31 - 1).int(), log_probs.to(torch.promote_types(student.dtype, torch.float32)))
         rows = [x.detach().reshape(*kept_rows.shape, x.shape[-1]).contiguous() for x in lists]
         results = pair_statistics(student, None, kept_rows, *scaling, None, None, *rows)
     else:

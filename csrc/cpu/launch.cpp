@@ -82,7 +82,7 @@ void set_element(const RowView& view, int64_t row, int64_t column, float value) 
   }
 }
 
-float scale(double temperature) { return static_cast<float>(std::min(kLog2E / temperature, 3e38)); }
+float scale(double temperature) { return static_cast<float>(std::clamp(kLog2E / temperature, 1e-37, 3e38)); }
 
 int64_t grain(const RowView& logits) { return kThreadWork / std::min(logits.vocab, kThreadWork); }
 

@@ -68,7 +68,7 @@ using ParallelFor =
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kSplit = 32768;  // a row is cut here whatever the number of threads, so its sums never change
 
-// log2(e) / T; finite, so that the maximum's (z - m) scale is 0 at any temperature.
+// log2(e) / T; finite and not 0, so that (z - m) scale is 0 for the maximum and -inf for -inf at any temperature.
 float scale(double temperature);
 
 // How many rows are worth a thread.
@@ -104,11 +104,11 @@ struct Pair {
   const RowView* base;      // null: lists only
   const float* threshold;   // null: S is all finite base logits
   const int64_t* size;      // null: every row is listed, or none if there are no lists
-  const int32_t* token_ids;  // null: no lists
+  const int32_t* token_ids;  // of lists with `capacity` places
   const float* log_probs;
   int64_t capacity;
 
-  bool listed(int64_t row) const { return token_ids && (!size || size[row] <= capacity); }
+  bool listed(int64_t row) const { return size ? size[row] <= capacity : !base; }
 };
 
 struct PairResults {  // the first four centred at support_max

@@ -22,6 +22,8 @@ Statistics student_statistics(const Kernels& kernels, const RowView& student, in
   return total;
 }
 
+bool is_listed(const Pair& pair, int64_t place) { return pair.token_ids[place] >= 0 && pair.log_probs[place] != -HUGE_VALF; }
+
 // An id outside the vocabulary is never read: it makes the row NaN.
 double listed_logit(const RowView& student, int64_t row, int64_t id) {
   return id < student.vocab ? element(student, row, id) : std::numeric_limits<double>::quiet_NaN();
@@ -34,15 +36,17 @@ PairStatistics listed_statistics(const Kernels& kernels, const RowView& student,
   r.sum = over_row.sum;
   const int64_t begin = row * pair.capacity, end = begin + pair.capacity;
   for (int64_t i = begin; i < end; ++i)
-    if (pair.token_ids[i] >= 0) r.support_max = std::fmax(r.support_max, listed_logit(student, row, pair.token_ids[i]));
+    if (is_listed(pair, i)) r.support_max = std::fmax(r.support_max, listed_logit(student, row, pair.token_ids[i]));
   for (int64_t i = begin; i < end; ++i) {
-    if (pair.token_ids[i] < 0) continue;
+    if (!is_listed(pair, i)) continue;
     const double centred = listed_logit(student, row, pair.token_ids[i]) - r.support_max;
     const double log_q = pair.log_probs[i], q = std::exp(log_q);
     r.support_sum += std::exp(centred);
     r.tempered_sum += std::exp(centred / temperature);
     r.base_sum += q;
-    if (q > 0.0) r.base_weighted += q * log_q, r.cross += q * centred;
+    r.impossible |= centred == -HUGE_VAL;
+    if (q > 0.0) r.base_weighted += q * log_q;
+    if (q > 0.0 && centred != -HUGE_VAL) r.cross += q * centred;
     ++r.size;
   }
   return r;
@@ -69,7 +73,7 @@ void finish_row(const PairStatistics& r, bool listed, double temperature, int64_
   results.lse[row] = (double(r.max) - r.support_max) + log_sum + invalid;
   results.support_lse[row] = std::log(r.support_sum) + invalid;
   results.tempered_lse[row] = temperature * std::log(r.tempered_sum) + invalid;
-  results.cross[row] = r.cross / (listed ? 1.0 : r.base_sum) + invalid;
+  results.cross[row] = (r.impossible ? -HUGE_VAL : r.cross / (listed ? 1.0 : r.base_sum)) + invalid;
   results.negentropy[row] = (listed ? r.base_weighted : r.base_weighted / (kLog2E * r.base_sum) - base_log_sum) + invalid;
   results.size[row] = r.size;
   results.log_sum[row] = log_sum + invalid;
@@ -96,7 +100,7 @@ void listed_gradient(const Kernels& kernels, const RowView& student, const Pair&
                                          {c.max, c.scales.student, c.log2_sum, c.on_p, 0.0f});
   for (int64_t i = row * pair.capacity; i < (row + 1) * pair.capacity; ++i) {
     const int64_t id = pair.token_ids[i];
-    if (id < 0 || id >= student.vocab) continue;
+    if (!is_listed(pair, i) || id >= student.vocab) continue;
     const double z = element(student, row, id), centred = z - c.support_max;
     const double g = c.on_p * std::exp2((z - c.max) * c.scales.student - c.log2_sum) +
                      c.on_support_p * std::exp2(centred * c.scales.student - c.support_log2_sum) +

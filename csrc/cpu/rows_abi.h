@@ -123,6 +123,7 @@ struct PairStatistics {
   double base_sum = 0.0, base_weighted = 0.0;    // over S, of e = 2^y with y = (b - base_max) log2(e) / T, and of e y
   double cross = 0.0;                            // over S, of e (z - support_max)
   int64_t size = 0;
+  bool impossible = false;  // z is -inf somewhere in S: cross is then -inf, and has no part of it here
 };
 
 inline double factor(float from, float to, double scale) { return std::exp2(std::fmax((double(from) - to) * scale, kFloor)); }
@@ -143,6 +144,7 @@ inline PairStatistics merge(const PairStatistics& a, const PairStatistics& b, co
     if (base_factor > 0.0)
       r.cross += (part->cross + (double(part->support_max) - r.support_max) * part->base_sum) * base_factor;
     r.size += part->size;
+    r.impossible |= part->impossible;
   }
   return r;
 }

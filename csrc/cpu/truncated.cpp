@@ -12,7 +12,7 @@ SupportCoefficients coefficients(const RowArguments& arguments, const Supports& 
   SupportCoefficients c{};
   c.threshold = supports.threshold[row];
   c.max = supports.max[row];
-  c.inverse = static_cast<float>(1.0 / arguments.temperature_of(row));
+  c.inverse = static_cast<float>(std::clamp(1.0 / arguments.temperature_of(row), 1e-37, 3e38));
   c.log_sum = static_cast<float>(supports.log_sum[row]);
   c.scale = scale(arguments.temperature_of(row));
   c.log2_sum = static_cast<float>(kLog2E * supports.log_sum[row]);

@@ -169,7 +169,8 @@ def truncated_gradient(
         surprise = log_q.exp() * (log_q + support.entropy.unsqueeze(-1))
         grad = grad - on_entropy.unsqueeze(-1) * surprise.where(inside, 0)
     t = _scaled(logits, temperature, temperatures)[1]
-    return (grad / t).to(logits.dtype)
+    exists = (support.size > 0) | support.log_sum.isnan()
+    return torch.where(exists.unsqueeze(-1), grad / t, 0).to(logits.dtype)
 
 
 def pair_statistics(

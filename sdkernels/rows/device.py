@@ -59,8 +59,8 @@ def row_temperature(row, temperature, temperatures_ptr, span):
 
 @jit
 def row_scale(temperature):
-    """k = log2(e) / T; finite, so that the maximum's (z - m) k is 0 at any temperature."""
-    return tl.minimum(1.0 / temperature * LOG2E, 3e38).to(tl.float32)
+    """k = log2(e) / T; finite and not 0: (z - m) k is 0 for the maximum and -inf for -inf at any temperature."""
+    return tl.maximum(tl.minimum(1.0 / temperature * LOG2E, 3e38), 1e-37).to(tl.float32)
 
 
 @jit

@@ -41,6 +41,9 @@ def _fold_support(state, z, base, scales):
     shift = tl.maximum((base_m - new_base_m) * base_scale, device.FLOOR)
     factor = tl.exp2(shift)
     moved = tl.where(factor == 0, 0.0, (cross + tl.where(base_s == 0, 0.0, (m - new_m) * base_s)) * factor)
+    moved = tl.where(cross == float("-inf"), cross, moved)
+    impossible = inside & (z == float("-inf"))  # the student excludes a token of S
+    crossed = tl.where(impossible, float("-inf"), tl.where(e == 0, 0.0, e * centred))
     return (
         new_m,
         s * tl.exp2((m - new_m) * scale) + tl.sum(tl.exp2(centred * scale), 0),
@@ -48,7 +51,7 @@ def _fold_support(state, z, base, scales):
         new_base_m,
         base_s * factor + tl.sum(e, 0),
         (base_t + shift * base_s) * factor + tl.sum(e * tl.maximum(y, device.FLOOR), 0),
-        moved + tl.sum(tl.where(e == 0, 0.0, e * centred), 0),
+        moved + tl.sum(crossed, 0),
         size + tl.sum(inside.to(tl.int32), 0),
     )
 
@@ -70,6 +73,7 @@ def _add_support(state, scales):
     shift = tl.maximum((base_m - row_base_m) * base_scale, device.FLOOR)
     factor = tl.exp2(shift)
     moved = tl.where(factor == 0, 0.0, (cross + tl.where(base_s == 0, 0.0, (m - row_m) * base_s)) * factor)
+    moved = tl.where(cross == float("-inf"), cross, moved)
     return (
         row_m,
         device.add_lanes(s * tl.exp2((m - row_m) * scale)),
@@ -319,7 +323,8 @@ def _pair_gradient_kernel(
                 ids = tl.load(ids_ptr + place, mask=first + lanes < capacity, other=-1)
                 here = (ids >= start) & (ids < start + BLOCK) & (ids < vocab)
                 z = tl.load(row_ptr + ids, mask=here, other=0.0).to(tl.float32)
-                log2_q = tl.load(log_probs_ptr + place, mask=here, other=0.0) * device.LOG2E
+                log2_q = tl.load(log_probs_ptr + place, mask=here, other=float("-inf")) * device.LOG2E
+                here = here & (log2_q != float("-inf"))
                 g = _gradient_on_row(z, coefficients) + _gradient_on_support(z, log2_q, coefficients)
                 tl.store(grad_row + ids, g.to(grad_ptr.dtype.element_ty), mask=here)
 

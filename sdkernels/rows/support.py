@@ -19,7 +19,7 @@ MOST_CANDIDATES = 4096  # that a kernel sorts
 @jit
 def _from_list(m, s, t, size, bound, temperature, scale, filters, capacity, notes, FILTERED: tl.constexpr,
                PARTIAL: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
-    """The support of a row from its notes: whether they tell it; its sums, size and threshold. Its list replaces them."""
+    """A row's support from its notes: whether they tell it; its sums, size, threshold. Its list replaces them."""
     top_k, top_p, min_p = filters
     count, note = at.noted(notes)
     known = count <= note.shape[0]
@@ -145,10 +145,9 @@ def _support_kernel(
         if s > 0:
             if at.counted(notes) > CANDIDATES:
                 at.note_again(row_ptr, vocab, at.first_of_group(at.order_of(bound)), notes, DEPTH, LANES)
-            known, s_inside, t, size, threshold = _from_list(
+            known, s, t, size, threshold = _from_list(
                 m, s, t, size, bound, row_temperature, scale, filters, capacity, notes, FILTERED, PARTIAL, SHIFT
             )
-            s = tl.where(known, s_inside, s)
     if known:
         _write(
             row, m, s, t, size, threshold, row_temperature, results, lists, list_ptr, capacity, PARTIAL, PLACES
@@ -156,14 +155,13 @@ def _support_kernel(
     else:
         tl.store(results[1] + row, UNKNOWN)
         tl.store(results[2] + row, m)
-        tl.store(results[3] + row, tl.log(s))
 
 
 @jit(**UNSPECIALISED)
 def _search_kernel(
     logits_ptr,  # (N, V) through sizes and strides
     temperatures_ptr,  # (N / span,) or None
-    results,  # as of _support_kernel; where it did not know, its size -1, the maximum, the log sum over V
+    results,  # as of _support_kernel; where it did not know, its size -1 and the maximum
     lists,  # token ids and log-probs (N, capacity)
     notes_ptr,  # (N, CANDIDATES) int64
     counts_ptr,  # (N,) int32
@@ -194,11 +192,11 @@ def _search_kernel(
         scale = device.row_scale(row_temperature)
         row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
         m = tl.load(results[2] + row)
-        s = tl.exp(tl.load(results[3] + row))
         swept = (row_ptr, vocab, m, scale, tl.zeros((DEPTH, LANES), tl.int8))
         threshold = tl.zeros((), tl.float32) + device.LOWEST
         if FILTERED:
             filters = (top_k, tl.zeros((), tl.float64) + top_p, tl.zeros((), tl.float64) + min_p)
+            _finite, s = at.above_in_row(at.first_of_group(at.order_of(threshold)) - 1, swept)
             threshold, _measured = at.threshold(threshold, m, s, filters, swept, at.above_in_row, SHIFT)
             threshold = tl.maximum(threshold, at.rounded_up(m + row_temperature * tl.log(filters[2])))
         size, s, t = at.sums_inside(row_ptr, vocab, threshold, m, scale, DEPTH, LANES)

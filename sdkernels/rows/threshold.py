@@ -146,7 +146,7 @@ def _fold_above(state, z, other, columns, arguments):
     count, mass = state
     pivot, m, scale = arguments
     above = (note_of(z, columns) > pivot) & (z >= device.LOWEST)
-    mass += tl.sum(tl.where(above, tl.exp2((z - m) * scale), 0.0), 0)
+    mass += tl.sum(tl.where(above, tl.exp2((z - m) * scale), 0.0), 0).to(tl.float64)
     return count + tl.sum(above.to(tl.int32), 0), mass
 
 
@@ -155,7 +155,7 @@ def above_in_row(pivot, arguments):
     """How many notes of a row's logits are above a pivot, and their mass relative to m: one more sweep."""
     row_ptr, vocab, m, scale, tile = arguments
     LANES: tl.constexpr = tile.shape[1]
-    state = (tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.float32))
+    state = (tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.float64))
     count, mass = device.walk(row_ptr, None, vocab, state, (pivot, m, scale), _fold_above, tile.shape[0], LANES)
     return tl.sum(count, 0), device.add_lanes(mass)
 

@@ -73,7 +73,8 @@ def _log_softmax_kernel(
     log_sum = tl.load(log_sum_ptr + row).to(tl.float32)
     size = tl.load(size_ptr + row)
     if size > capacity:
-        inverse = (1.0 / device.row_temperature(row, temperature, temperatures_ptr, span)).to(tl.float32)
+        inverse = 1.0 / device.row_temperature(row, temperature, temperatures_ptr, span)
+        inverse = tl.maximum(tl.minimum(inverse, 3e38), 1e-37).to(tl.float32)
         dense = (tl.load(threshold_ptr + row), tl.load(max_ptr + row), inverse, log_sum)
         if start + BLOCK <= vocab:
             _write_log_q(row_ptr, result_row, columns, vocab, dense, True)
