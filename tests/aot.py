@@ -41,8 +41,6 @@ TOKENS = 3
 CUDA_WIDTHS = {"": 4, "64": 8, "128": 16, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 WIDE_ACCESSES = {  # of 16 bytes that a kernel needs for its tile or block of a row: loads, stores
     "gradient": (2, 2),
-    "support": (1, 0),
-    "search": (1, 0),
     "log softmax": (2, 2),
     "upstream sum": (4, 0),
     "truncated gradient": (2, 2),
@@ -232,7 +230,11 @@ def faults(case: Case, report: Report) -> list[str]:
         if set(report.loop_loads) != {16}:
             found.append(f"loads of {sorted(report.loop_loads)} bytes in the row loop, 16 wanted")
         return found
-    if case.op == "pair statistics":  # eleven sums for each lane: more lanes for each thread would spill
+    if case.op in (
+        "support",
+        "search",
+        "pair statistics",
+    ):  # wider, their many lanes of sums and predicates would spill
         if not report.loads[8] + report.loads[16]:
             found.append("no loads of 8 bytes")
         return found

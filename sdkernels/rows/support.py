@@ -13,7 +13,8 @@ from sdkernels.rows.implementations import runs_csrc, runs_triton
 from sdkernels.rows.layout import RowSupport
 
 LISTED = 64  # supports up to this size are kept as lists of token ids; larger ones as their threshold
-MOST_CANDIDATES = 4096  # that a kernel sorts
+MOST_CANDIDATES = 4096  # that a kernel takes into registers
+MOST_LANES = 1024  # of 64-thread warps, whose predicates of each logit take two scalar registers
 
 
 @jit
@@ -196,8 +197,8 @@ def _search_kernel(
         threshold = tl.zeros((), tl.float32) + device.LOWEST
         if FILTERED:
             filters = (top_k, tl.zeros((), tl.float64) + top_p, tl.zeros((), tl.float64) + min_p)
-            _finite, s = at.above_in_row(at.first_of_group(at.order_of(threshold)) - 1, swept)
-            threshold, _measured = at.threshold(threshold, m, s, filters, swept, at.above_in_row, SHIFT)
+            unknown_mass = tl.zeros((), tl.float64)
+            threshold, _measured = at.threshold(threshold, m, unknown_mass, filters, swept, at.above_in_row, SHIFT)
             threshold = tl.maximum(threshold, at.rounded_up(m + row_temperature * tl.log(filters[2])))
         size, s, t = at.sums_inside(row_ptr, vocab, threshold, m, scale, DEPTH, LANES)
         list_ptr = notes_ptr + row * CANDIDATES
@@ -215,7 +216,7 @@ def _search_kernel(
 def _launch(logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
             filters: tuple[int, float, float], capacity: int, partial: bool, outputs: RowSupport) -> None:  # fmt: skip
     rows, vocab = outputs.size.numel(), logits.shape[-1]
-    lanes = layout.tile(logits)[1]
+    lanes = min(layout.tile(logits)[1], MOST_LANES if layout.WARP_SIZE == 64 else 2 * MOST_LANES)
     align = layout.alignment(logits)
     filtered = filters != (0, 1.0, 0.0)
     groups = triton.next_power_of_2(max(filters[0] or LISTED, capacity))

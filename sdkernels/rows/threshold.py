@@ -199,7 +199,10 @@ def _unshifted(order, SHIFT: tl.constexpr):
 
 @jit
 def threshold(lowest, m, row_mass, filters, arguments, ABOVE: tl.constexpr, SHIFT: tl.constexpr):
-    """The threshold of top_k and top_p, and the mass that top_p measures: of a list, or of a row by some 32 sweeps."""
+    """The threshold of top_k and top_p, and the mass that top_p measures: of a list, or of a row by some 32 sweeps.
+
+    The row's mass, if it is not given (0), is what is found above all that is below `lowest`.
+    """
     top_k = filters[0]
     top_p = filters[1]
     order = (order_of(lowest) >> SHIFT).to(tl.int64)
@@ -209,8 +212,8 @@ def threshold(lowest, m, row_mass, filters, arguments, ABOVE: tl.constexpr, SHIF
             most = tl.where(phase == 0, top_k, 0x7FFFFFFF)
             most_mass = tl.where(phase == 0, float("inf"), top_p * row_mass)
             order = bisect(order, highest, most, most_mass, arguments, ABOVE, True, SHIFT)
-            if phase == 0:
-                _count, row_mass = ABOVE(last_of_group(_unshifted(order - 1, SHIFT)), arguments)
+        if (phase == 0) & ((top_k > 0) | (row_mass == 0)):
+            _count, row_mass = ABOVE(last_of_group(_unshifted(order - 1, SHIFT)), arguments)
     return float_of(_unshifted(order, SHIFT).to(tl.int32)), row_mass
 
 
