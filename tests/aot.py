@@ -28,7 +28,17 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from sdkernels.evidence import Weighing
-from sdkernels.rows import evidence, gradient, layout, pair, statistics, support, truncated
+from sdkernels.rows import (
+    evidence,
+    gradient,
+    layout,
+    pair,
+    pair_gradient,
+    statistics,
+    support,
+    truncated,
+    truncated_gradient,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -125,18 +135,18 @@ def launch(case: Case) -> None:
         filters = (20, 0.8, 0.1) if case.options else (0, 0.95, 0.0)
         support._launch(rows, mask, 0.7, temperatures, filters, support.LISTED, case.options, found)
     elif case.op == "log softmax":
-        truncated._launch_log_softmax(rows, 0.7, temperatures, found, result)
+        truncated._launch(rows, 0.7, temperatures, found, result)
     elif case.op == "upstream sum":
-        truncated._upstream_sum(rows, other, found)
+        truncated_gradient._upstream_sum(rows, other, found)
     elif case.op == "truncated gradient":
         label = (None, None, None) if case.other else (ids, values, present)
-        with mock.patch.object(truncated, "_upstream_sum", return_value=doubles):
-            truncated._launch_gradient(rows, other, *label, 0.7, temperatures, found, result)
+        with mock.patch.object(truncated_gradient, "_upstream_sum", return_value=doubles):
+            truncated_gradient._launch(rows, other, *label, 0.7, temperatures, found, result)
     elif case.op == "pair statistics":
-        pair._launch_statistics(rows, other, mask, 0.7, temperatures, pair_support, pair_results)
+        pair._launch(rows, other, mask, 0.7, temperatures, pair_support, pair_results)
     elif case.op == "pair gradient":
         arguments = (pair_support, pair_results, (doubles,) * 4, result)
-        pair._launch_gradient(rows, other, 0.7, temperatures, *arguments)
+        pair_gradient._launch(rows, other, 0.7, temperatures, *arguments)
 
 
 def launched_by(case: Case) -> tuple[JITFunction, tuple, dict]:

@@ -18,6 +18,7 @@ from sdkernels import (
 )
 
 B, T, V = 3, 2, 9001 if INTERPRETED else 50257
+NOTES = B * T * 2048 * 8
 
 
 def problem(dtype=torch.float32, device="cpu", layout="contiguous"):
@@ -27,11 +28,15 @@ def problem(dtype=torch.float32, device="cpu", layout="contiguous"):
 
 
 def large_allocations(function):
-    """Bytes of each CPU allocation that is at least one row of float16 logits, and what the function returns."""
+    """Bytes of each CPU allocation that is at least one row of float16 logits, and what the function returns.
+
+    The notes of a search, 16 kB a row, are less than that at real vocabularies, but not at the interpreter's.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = function()
     events = profile.profiler.kineto_results.events()
-    return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() >= 2 * V], result
+    sizes = [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() >= 2 * V]
+    return [size for size in sizes if not (INTERPRETED and size == NOTES)], result
 
 
 LOSSES = {

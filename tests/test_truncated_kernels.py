@@ -19,17 +19,17 @@ from test_kernels import (
 )
 
 from sdkernels import ssd_decomposition, ssd_loss, token_log_prob, truncated_log_softmax, truncated_support
-from sdkernels.rows import pair, support, truncated
+from sdkernels.rows import layout, pair, pair_gradient, support, truncated, truncated_gradient
 
 OPERATORS = ("row_support", "truncated_log_softmax", "truncated_gradient", "pair_statistics", "pair_gradient")
 KERNELS = [
     (support, "_support_kernel"),
     (support, "_search_kernel"),
     (truncated, "_log_softmax_kernel"),
-    (truncated, "_upstream_sum_kernel"),
-    (truncated, "_truncated_gradient_kernel"),
+    (truncated_gradient, "_upstream_sum_kernel"),
+    (truncated_gradient, "_truncated_gradient_kernel"),
     (pair, "_pair_statistics_kernel"),
-    (pair, "_pair_gradient_kernel"),
+    (pair_gradient, "_pair_gradient_kernel"),
 ]
 SHORT, LONG = {"top_k": 20, "top_p": 0.8}, {"top_p": 0.95}  # supports that are kept as lists, and longer ones
 FILTERS = (SHORT, LONG, {"top_k": 100}, {"min_p": 0.01}, {})
@@ -96,7 +96,7 @@ def test_short_supports_cost_one_sweep_to_find_and_none_to_use(dtype, monkeypatc
     with counting_loads(monkeypatch) as count:
         log_q.backward(upstream)
     assert count(student.detach()) == 0
-    blocks = -(-vocab // (truncated.BLOCK_BYTES // student.element_size()))
+    blocks = -(-vocab // (layout.block_options(student)["BLOCK"]))
     assert count(upstream) <= (log_q > -torch.inf).sum() * (blocks + 1)
 
 

@@ -195,3 +195,10 @@ def store_block(row_ptr, columns, vocab, values, WHOLE: tl.constexpr):
         tl.store(row_ptr + columns, values)
     else:
         tl.store(row_ptr + columns, values, mask=columns < vocab)
+
+
+@jit
+def scatter(values, ids, row_ptr, start, BLOCK: tl.constexpr):
+    """Values at those ids that lie in a block which other threads have just filled."""
+    tl.debug_barrier()
+    tl.store(row_ptr + ids, values.to(row_ptr.dtype.element_ty), mask=(ids >= start) & (ids < start + BLOCK))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -40,3 +41,8 @@ def runs_triton(rows: Tensor) -> bool:
 def runs_csrc(rows: Tensor) -> bool:
     """Whether csrc/cpu serves these rows."""
     return rows.dtype != torch.float64 and rows.device.type == "cpu" and compiled()
+
+
+def serves_both(runs: Callable[[Tensor], bool], rows: Tensor, others: Tensor | None) -> bool:
+    """Whether an implementation serves the rows of a pair, the second of which may be absent."""
+    return runs(rows) and (others is None or runs(others))

@@ -100,6 +100,20 @@ def kernel_strides(rows: Tensor, align: int) -> tuple[int, ...]:
     return tuple(stride // align for stride in (0,) * (4 - rows.dim()) + rows.stride()[:-1])
 
 
+def unspecialised(*views: str) -> dict[str, list[str]]:
+    """Options of `jit`: sizes, strides of views by the prefixes of their names, and addresses that make nothing new."""
+    strides = [f"{view}stride{i}" for view in views for i in range(3)]
+    return {
+        "do_not_specialize": ["size1", "size2", *strides, "span", "capacity", "top_k"],
+        "do_not_specialize_on_alignment": [*PER_TOKEN, "label_ids_ptr"],
+    }
+
+
+def block_options(rows: Tensor) -> dict[str, int]:
+    """Launch options of a program of THREADS threads that writes a block of 32 bytes a thread."""
+    return {"BLOCK": 32 * THREADS // rows.element_size(), **sweep_options()}
+
+
 def sweep_options() -> dict[str, int]:
     """Launch options of a program of THREADS threads: without the allowance ptxas spills to fit more programs."""
     options = {"num_warps": THREADS // WARP_SIZE}

@@ -1,8 +1,6 @@
-"""Operators on pairs of rows: the student's sums over V and, with q of the base, over the base's support S."""
+"""`sdkernels::pair_statistics`: the student's sums over V and, with q of the base, over the base's support S."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,16 +8,8 @@ from torch import Tensor
 from sdkernels.reference import rows as reference
 from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl, triton
-from sdkernels.rows.implementations import runs_csrc, runs_triton
-
-THREADS = 256
-BLOCK_BYTES = 32 * THREADS  # of a student's row per program of the gradient
-LIST_LANES = 256  # entries of a list at a time, at most
-STRIDES = [f"{view}stride{i}" for view in ("", "base_", "grad_") for i in range(3)]
-UNSPECIALISED = {
-    "do_not_specialize": ["size1", "size2", *STRIDES, "span", "capacity"],
-    "do_not_specialize_on_alignment": [*layout.PER_TOKEN],
-}
+from sdkernels.rows.implementations import runs_csrc, runs_triton, serves_both
+from sdkernels.rows.pair_gradient import LIST_LANES, pair_gradient
 
 
 @jit
@@ -141,7 +131,7 @@ def _store_statistics(row, m, s, sums, temperature, results):
     tl.store(base_max_ptr + row, base_m)
 
 
-@jit(**UNSPECIALISED)
+@jit(**layout.unspecialised("", "base_"))
 def _pair_statistics_kernel(
     student_ptr,  # (N, V) through sizes and strides
     base_ptr,  # (N, V) through sizes and base_strides, or None
@@ -197,139 +187,7 @@ def _pair_statistics_kernel(
             _store_statistics(row, m, s, sums, row_temperature, results)
 
 
-@jit
-def _gradient_on_support(z, log2_q, coefficients):
-    """The gradient at tokens of S, from their logits and log2 q."""
-    _, support_m, scale, tempered, _, support_log2_sum, tempered_log2_sum, _, on_support, on_tempered, on_q = (
-        coefficients
-    )
-    centred = z - support_m
-    g = on_support * tl.exp2(centred * scale - support_log2_sum)
-    g += on_tempered * tl.exp2(centred * tempered - tempered_log2_sum)
-    return g + on_q * tl.exp2(log2_q)
-
-
-@jit
-def _gradient_on_row(z, coefficients):
-    """The gradient through the sum over V."""
-    m, _, scale, _, log2_sum, _, _, on_row, _, _, _ = coefficients
-    return on_row * tl.exp2((z - m) * scale - log2_sum)
-
-
-@jit
-def _coefficients(row, statistics, upstream, temperature):
-    """Maxima, scales, log2 sums and upstream gradients of a row, float32."""
-    _, support_lse_ptr, tempered_lse_ptr, _, _, _, log_sum_ptr, _, max_ptr, support_max_ptr, _ = statistics
-    m = tl.load(max_ptr + row)
-    support_m = tl.load(support_max_ptr + row)
-    on_row = tl.load(upstream[0] + row)
-    on_support = tl.load(upstream[1] + row)
-    on_tempered = tl.load(upstream[2] + row)
-    on_q = tl.load(upstream[3] + row)
-    # Where no gradient flows a distribution may not even exist: then 0 must not meet its NaN.
-    support_log_sum = tl.where(on_support == 0, 0.0, tl.load(support_lse_ptr + row))
-    tempered_log_sum = tl.where(on_tempered == 0, 0.0, tl.load(tempered_lse_ptr + row) / temperature)
-    return (
-        m,
-        support_m,
-        device.row_scale(tl.zeros((), tl.float64) + 1.0),
-        device.row_scale(temperature),
-        (tl.load(log_sum_ptr + row) * device.LOG2E).to(tl.float32),
-        (support_log_sum * device.LOG2E).to(tl.float32),
-        (tempered_log_sum * device.LOG2E).to(tl.float32),
-        on_row.to(tl.float32),
-        on_support.to(tl.float32),
-        on_tempered.to(tl.float32),
-        on_q.to(tl.float32),
-    )
-
-
-@jit
-def _write_block(row_ptr, base_row, grad_row, columns, vocab, base, flows, coefficients, WHOLE: tl.constexpr):
-    """The gradient of a block: through the row, and in rows that are not listed through S."""
-    threshold, base_m, base_scale, base_log2_sum, dense = base
-    g = tl.zeros((columns.shape[0],), tl.float32)
-    if flows:
-        z = device.load_block(row_ptr, columns, vocab, WHOLE)
-        g = _gradient_on_row(z, coefficients)
-        if base_row is not None:
-            if dense != 0:
-                b = device.load_block(base_row, columns, vocab, WHOLE)
-                log2_q = (b - base_m) * base_scale - base_log2_sum
-                g += tl.where(b < threshold, 0.0, _gradient_on_support(z, log2_q, coefficients))
-    device.store_block(grad_row, columns, vocab, g, WHOLE)
-
-
-@jit(**UNSPECIALISED)
-def _pair_gradient_kernel(
-    student_ptr,  # (N, V) through sizes and strides
-    base_ptr,  # (N, V) through sizes and base_strides, or None
-    grad_ptr,  # (N, V) through sizes and grad_strides
-    temperatures_ptr,  # (N / span,) or None
-    support,  # threshold and size (N,), token ids and log-probs (N, capacity); None for what is absent
-    statistics,  # the results of pair_statistics, (N,)
-    upstream,  # of the first four of them, (N,) float64
-    size1,
-    size2,
-    stride0: tl.int64,
-    stride1: tl.int64,
-    stride2: tl.int64,
-    base_stride0: tl.int64,
-    base_stride1: tl.int64,
-    base_stride2: tl.int64,
-    grad_stride0: tl.int64,
-    grad_stride1: tl.int64,
-    grad_stride2: tl.int64,
-    vocab,
-    span,
-    temperature: tl.float64,
-    capacity,
-    LIST_LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    threshold_ptr, size_ptr, ids_ptr, log_probs_ptr = support
-    blocks = tl.cdiv(vocab, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = tl.program_id(0) % blocks * BLOCK
-    columns = start + tl.arange(0, BLOCK)
-    row_ptr = student_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
-    grad_row = grad_ptr + device.row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2, ALIGN)
-    row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
-    coefficients = _coefficients(row, statistics, upstream, row_temperature)
-    on_any = (coefficients[7] != 0) | (coefficients[8] != 0) | (coefficients[9] != 0) | (coefficients[10] != 0)
-    flows = on_any | (coefficients[4] != coefficients[4])  # a row without a distribution is NaN
-    dense = 0
-    base_row = None
-    threshold = tl.zeros((), tl.float32) + device.LOWEST
-    if base_ptr is not None:
-        base_row = base_ptr + device.row_offset(row, size1, size2, base_stride0, base_stride1, base_stride2, ALIGN)
-        dense = 1
-        if size_ptr is not None:
-            dense = (tl.load(size_ptr + row) > capacity).to(tl.int32)
-            threshold = tl.load(threshold_ptr + row)
-    base_log2_sum = (tl.load(statistics[7] + row) * device.LOG2E).to(tl.float32)
-    base = (threshold, tl.load(statistics[10] + row), device.row_scale(row_temperature), base_log2_sum, dense)
-    if start + BLOCK <= vocab:
-        _write_block(row_ptr, base_row, grad_row, columns, vocab, base, flows, coefficients, True)
-    else:
-        _write_block(row_ptr, base_row, grad_row, columns, vocab, base, flows, coefficients, False)
-    if ids_ptr is not None:
-        if (dense == 0) & flows:
-            tl.debug_barrier()  # the block is written: the listed tokens get theirs on top
-            lanes = tl.arange(0, LIST_LANES)
-            for first in range(0, capacity, LIST_LANES):
-                place = row * capacity + first + lanes
-                ids = tl.load(ids_ptr + place, mask=first + lanes < capacity, other=-1)
-                here = (ids >= start) & (ids < start + BLOCK) & (ids < vocab)
-                z = tl.load(row_ptr + ids, mask=here, other=0.0).to(tl.float32)
-                log2_q = tl.load(log_probs_ptr + place, mask=here, other=float("-inf")) * device.LOG2E
-                here = here & (log2_q != float("-inf"))
-                g = _gradient_on_row(z, coefficients) + _gradient_on_support(z, log2_q, coefficients)
-                tl.store(grad_row + ids, g.to(grad_ptr.dtype.element_ty), mask=here)
-
-
-def _launch_statistics(student, base, mask, temperature, temperatures, support, results) -> None:
+def _launch(student, base, mask, temperature, temperatures, support, results) -> None:
     rows, vocab = results[0].numel(), student.shape[-1]
     align = layout.alignment(student) if base is None else layout.alignment(student, base)
     capacity = 0 if support[2] is None else support[2].shape[-1]
@@ -352,35 +210,6 @@ def _launch_statistics(student, base, mask, temperature, temperatures, support, 
             LIST_LANES=min(triton.next_power_of_2(max(capacity, 1)), LIST_LANES),
             ROW_TILE=(depth, lanes),
             PAIR_TILE=(1, lanes // 2),
-            ALIGN=align,
-            **layout.sweep_options(),
-        )
-
-
-def _launch_gradient(student, base, temperature, temperatures, support, statistics, upstream, grad) -> None:
-    rows, vocab = statistics[0].numel(), student.shape[-1]
-    align = layout.alignment(student, grad) if base is None else layout.alignment(student, grad, base)
-    capacity = 0 if support[2] is None else support[2].shape[-1]
-    block = BLOCK_BYTES // student.element_size()
-    with layout.on_device(student):
-        _pair_gradient_kernel[(rows * -(-vocab // block),)](
-            student,
-            base,
-            grad,
-            temperatures,
-            support,
-            statistics,
-            upstream,
-            *layout.kernel_sizes(student),
-            *layout.kernel_strides(student, align),
-            *((0, 0, 0) if base is None else layout.kernel_strides(base, align)),
-            *layout.kernel_strides(grad, align),
-            vocab,
-            1 if temperatures is None else layout.span(temperatures, rows),
-            temperature,
-            capacity,
-            LIST_LANES=min(triton.next_power_of_2(max(capacity, 1)), LIST_LANES),
-            BLOCK=block,
             ALIGN=align,
             **layout.sweep_options(),
         )
@@ -410,8 +239,8 @@ def pair_statistics(
     """
     layout.check_temperatures(temperatures, mask, student)
     arguments = (student, base, mask, temperature, temperatures, threshold, size, token_ids, log_probs)
-    by_triton = _runs(runs_triton, student, base)
-    if not (by_triton or _runs(runs_csrc, student, base)):
+    by_triton = serves_both(runs_triton, student, base)
+    if not (by_triton or serves_both(runs_csrc, student, base)):
         return reference.pair_statistics(*arguments)
     outputs = _empty_statistics(student)
     if student.shape[:-1].numel() == 0:
@@ -419,15 +248,10 @@ def pair_statistics(
     if by_triton:
         outputs = tuple(x.zero_() for x in outputs)  # masked rows are left as they are
         support = (threshold, size, token_ids, log_probs)
-        _launch_statistics(student, base, mask, temperature, temperatures, support, outputs)
+        _launch(student, base, mask, temperature, temperatures, support, outputs)
     else:
         torch.ops.sdkernels_cpu.pair_statistics(*arguments, *outputs)
     return outputs
-
-
-def _runs(implementation: Callable[[Tensor], bool], student: Tensor, base: Tensor | None) -> bool:
-    """Whether an implementation serves both rows of a pair."""
-    return implementation(student) and (base is None or implementation(base))
 
 
 def _empty_statistics(student: Tensor) -> tuple[Tensor, ...]:
@@ -459,69 +283,3 @@ def _backward(ctx, *upstream):
 
 
 pair_statistics.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("sdkernels::pair_gradient", mutates_args=())
-def pair_gradient(
-    student: Tensor,
-    base: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    threshold: Tensor | None,
-    size: Tensor | None,
-    token_ids: Tensor | None,
-    log_probs: Tensor | None,
-    lse: Tensor,
-    support_lse: Tensor,
-    tempered_lse: Tensor,
-    cross: Tensor,
-    negentropy: Tensor,
-    support_size: Tensor,
-    log_sum: Tensor,
-    base_log_sum: Tensor,
-    max: Tensor,
-    support_max: Tensor,
-    base_max: Tensor,
-    on_lse: Tensor,
-    on_support_lse: Tensor,
-    on_tempered_lse: Tensor,
-    on_cross: Tensor,
-) -> Tensor:
-    """The student's gradient, (..., V) in its dtype: on_lse p + on_support_lse p_S + on_tempered_lse p_ST + on_cross q.
-
-    The arguments are ``pair_statistics``', then its results, then the upstream gradients of the first four, float64.
-    Each row is formed in float32 and rounded once; a row whose four coefficients are 0 is not read.
-    """
-    statistics = (
-        lse,
-        support_lse,
-        tempered_lse,
-        cross,
-        negentropy,
-        support_size,
-        log_sum,
-        base_log_sum,
-        max,
-        support_max,
-        base_max,
-    )
-    upstream = (on_lse, on_support_lse, on_tempered_lse, on_cross)
-    support = (threshold, size, token_ids, log_probs)
-    by_triton = _runs(runs_triton, student, base)
-    if not (by_triton or _runs(runs_csrc, student, base)):
-        return reference.pair_gradient(student, base, temperature, temperatures, *support, statistics, upstream)
-    grad = layout.empty_gradient(student)
-    if student.shape[:-1].numel() == 0:
-        return grad
-    if by_triton:
-        _launch_gradient(student, base, temperature, temperatures, support, statistics, upstream, grad)
-    else:
-        torch.ops.sdkernels_cpu.pair_gradient(
-            student, base, temperature, temperatures, *support, *statistics, *upstream, grad
-        )
-    return grad
-
-
-@pair_gradient.register_fake
-def _(student, *arguments):
-    return layout.empty_gradient(student)

@@ -83,14 +83,10 @@ def _write(row, m, s, t, size, threshold, temperature, results, lists, list_ptr,
         _write_list(list_ptr, listed, lists[0] + place, lists[1] + place, capacity, m, temperature, log_sum, PLACES)
 
 
-UNSPECIALISED = {
-    "do_not_specialize": [*layout.LAYOUT, "span", "top_k", "capacity"],
-    "do_not_specialize_on_alignment": [*layout.PER_TOKEN],
-}
 UNKNOWN = tl.constexpr(-1) if triton else -1  # the size of a support that the first kernel leaves to the second
 
 
-@jit(**UNSPECIALISED)
+@jit(**layout.unspecialised(""))
 def _support_kernel(
     logits_ptr,  # (N, V) through sizes and strides
     mask_ptr,  # (N,) or None
@@ -158,7 +154,7 @@ def _support_kernel(
         tl.store(results[2] + row, m)
 
 
-@jit(**UNSPECIALISED)
+@jit(**layout.unspecialised(""))
 def _search_kernel(
     logits_ptr,  # (N, V) through sizes and strides
     temperatures_ptr,  # (N / span,) or None
