@@ -37,10 +37,4 @@ inline void write_block(const Kernels& kernels, const RowView& view, int64_t row
   for (int64_t i = full; i < count; ++i) set_element(view, row, begin + i, block[i]);
 }
 
-// Calls body(row, begin, count) for each block of [0, V) in each of the parts that [first, last) numbers.
-template <class Body>
-void for_blocks(int64_t row, int64_t begin, int64_t end, const Body& body) {
-  for (; begin < end; begin += kBlock) body(row, begin, std::min(kBlock, end - begin));
-}
-
 }  // namespace sdkernels
