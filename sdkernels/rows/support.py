@@ -14,7 +14,7 @@ from sdkernels.rows.layout import RowSupport
 
 LISTED = 64  # supports up to this size are kept as lists of token ids; larger ones as their threshold
 MOST_CANDIDATES = 4096  # that a kernel takes into registers
-MOST_LANES = 1024  # of 64-thread warps, whose predicates of each logit take two scalar registers
+MOST_LANES = 512  # of 64-thread warps, whose predicates of each logit take two scalar registers
 
 
 @jit
@@ -212,7 +212,7 @@ def _search_kernel(
 def _launch(logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
             filters: tuple[int, float, float], capacity: int, partial: bool, outputs: RowSupport) -> None:  # fmt: skip
     rows, vocab = outputs.size.numel(), logits.shape[-1]
-    lanes = min(layout.tile(logits)[1], MOST_LANES if layout.WARP_SIZE == 64 else 2 * MOST_LANES)
+    lanes = min(layout.tile(logits)[1], MOST_LANES if layout.WARP_SIZE == 64 else 4 * MOST_LANES)
     align = layout.alignment(logits)
     filtered = filters != (0, 1.0, 0.0)
     groups = triton.next_power_of_2(max(filters[0] or LISTED, capacity))
