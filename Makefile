@@ -16,6 +16,7 @@ test: $(VENV)/ready
 check: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.* csrc/cpu/*.*
 	$(RUN) -m mypy
 
 aot: $(VENV)/ready

@@ -21,7 +21,8 @@ using torch::stable::Tensor;
 RowView row_view(const Tensor& logits) {
   const int64_t leading = logits.dim() - 1;
   STD_TORCH_CHECK(0 <= leading && leading <= 3, "logits must have 1 to 4 dimensions");
-  STD_TORCH_CHECK(logits.stride(leading) == 1 || logits.size(leading) == 1, "the vocabulary must be adjacent in memory");
+  STD_TORCH_CHECK(logits.stride(leading) == 1 || logits.size(leading) == 1,
+                  "the vocabulary must be adjacent in memory");
   RowView view{static_cast<char*>(logits.data_ptr()), sdkernels::kFloat32, {1, 1, 1}, {0, 0, 0}, logits.size(leading)};
   switch (logits.scalar_type()) {
     case ScalarType::Float: view.dtype = sdkernels::kFloat32; break;
@@ -51,16 +52,15 @@ const float* floats(const std::optional<Tensor>& tensor, int64_t count) {
   return tensor ? floats(*tensor, count) : nullptr;
 }
 
-RowArguments row_arguments(const RowView& view, const std::optional<Tensor>& token_ids, const std::optional<Tensor>& mask,
-                           double temperature, const std::optional<Tensor>& temperatures) {
+RowArguments row_arguments(const RowView& view, const std::optional<Tensor>& token_ids,
+                           const std::optional<Tensor>& mask, double temperature,
+                           const std::optional<Tensor>& temperatures) {
   const int64_t rows = view.rows();
   const int64_t values = temperatures ? temperatures->numel() : 1;
   STD_TORCH_CHECK(rows == 0 || (values > 0 && rows % values == 0), "temperatures must divide the tokens");
   return {token_ids ? vector_of<int64_t>(*token_ids, ScalarType::Long, rows) : nullptr,
-          mask ? vector_of<bool>(*mask, ScalarType::Bool, rows) : nullptr,
-          temperature,
-          temperatures ? doubles(*temperatures, values) : nullptr,
-          rows / std::max<int64_t>(values, 1)};
+          mask ? vector_of<bool>(*mask, ScalarType::Bool, rows) : nullptr, temperature,
+          temperatures ? doubles(*temperatures, values) : nullptr, rows / std::max<int64_t>(values, 1)};
 }
 
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
@@ -86,8 +86,7 @@ void row_statistics(Tensor logits, Tensor token_ids, std::optional<Tensor> mask,
 
 void row_gradient(Tensor logits, Tensor token_ids, std::optional<Tensor> mask, double temperature,
                   std::optional<Tensor> temperatures, Tensor log_prob, Tensor entropy, Tensor max, Tensor log_sum,
-                  Tensor grad_log_prob, std::optional<Tensor> grad_entropy, Tensor grad,
-                  std::string instruction_set) {
+                  Tensor grad_log_prob, std::optional<Tensor> grad_entropy, Tensor grad, std::string instruction_set) {
   const RowView view = row_view(logits);
   const RowView target = row_view(grad);
   const int64_t rows = view.rows();
@@ -102,24 +101,31 @@ void row_gradient(Tensor logits, Tensor token_ids, std::optional<Tensor> mask, d
 int64_t capacity_of(const Tensor& lists, int64_t rows) { return rows == 0 ? 0 : lists.numel() / rows; }
 
 void row_support(Tensor logits, std::optional<Tensor> mask, double temperature, std::optional<Tensor> temperatures,
-                 int64_t top_k, double top_p, double min_p, bool partial, Tensor threshold, Tensor size, Tensor max, Tensor log_sum,
-                 Tensor entropy, Tensor token_ids, Tensor log_probs, std::string instruction_set) {
+                 int64_t top_k, double top_p, double min_p, bool partial, Tensor threshold, Tensor size, Tensor max,
+                 Tensor log_sum, Tensor entropy, Tensor token_ids, Tensor log_probs, std::string instruction_set) {
   const RowView view = row_view(logits);
   const int64_t rows = view.rows(), capacity = capacity_of(token_ids, rows);
-  sdkernels::row_support(kernels_for(instruction_set), view, row_arguments(view, std::nullopt, mask, temperature, temperatures),
-                         {top_k, top_p, min_p}, capacity, partial,
-                         {floats(threshold, rows), vector_of<int64_t>(size, ScalarType::Long, rows), floats(max, rows),
-                          doubles(log_sum, rows), floats(entropy, rows),
-                          vector_of<int32_t>(token_ids, ScalarType::Int, rows * capacity), floats(log_probs, rows * capacity)},
-                         parallel_for);
+  sdkernels::row_support(
+      kernels_for(instruction_set), view, row_arguments(view, std::nullopt, mask, temperature, temperatures),
+      {top_k, top_p, min_p}, capacity, partial,
+      {floats(threshold, rows), vector_of<int64_t>(size, ScalarType::Long, rows), floats(max, rows),
+       doubles(log_sum, rows), floats(entropy, rows), vector_of<int32_t>(token_ids, ScalarType::Int, rows * capacity),
+       floats(log_probs, rows * capacity)},
+      parallel_for);
 }
 
 sdkernels::Supports supports_of(int64_t rows, const Tensor& threshold, const Tensor& size, const Tensor& max,
-                                const Tensor& log_sum, const Tensor& entropy, const Tensor& token_ids, const Tensor& log_probs) {
+                                const Tensor& log_sum, const Tensor& entropy, const Tensor& token_ids,
+                                const Tensor& log_probs) {
   const int64_t capacity = capacity_of(token_ids, rows);
-  return {floats(threshold, rows), vector_of<int64_t>(size, ScalarType::Long, rows), floats(max, rows),
-          doubles(log_sum, rows), floats(entropy, rows),
-          vector_of<int32_t>(token_ids, ScalarType::Int, rows * capacity), floats(log_probs, rows * capacity), capacity};
+  return {floats(threshold, rows),
+          vector_of<int64_t>(size, ScalarType::Long, rows),
+          floats(max, rows),
+          doubles(log_sum, rows),
+          floats(entropy, rows),
+          vector_of<int32_t>(token_ids, ScalarType::Int, rows * capacity),
+          floats(log_probs, rows * capacity),
+          capacity};
 }
 
 RowView view_like(const Tensor& tensor, const RowView& like) {
@@ -166,42 +172,47 @@ sdkernels::Pair pair_of(int64_t rows, const RowView* base, const std::optional<T
           capacity};
 }
 
-sdkernels::PairResults pair_results(int64_t rows, const Tensor& lse, const Tensor& support_lse, const Tensor& tempered_lse,
-                                    const Tensor& cross, const Tensor& negentropy, const Tensor& size, const Tensor& log_sum,
-                                    const Tensor& base_log_sum, const Tensor& max, const Tensor& support_max, const Tensor& base_max) {
-  return {doubles(lse, rows), doubles(support_lse, rows), doubles(tempered_lse, rows), doubles(cross, rows), doubles(negentropy, rows),
-          vector_of<int64_t>(size, ScalarType::Long, rows), doubles(log_sum, rows), doubles(base_log_sum, rows),
-          floats(max, rows), floats(support_max, rows), floats(base_max, rows)};
+sdkernels::PairResults pair_results(int64_t rows, const Tensor& lse, const Tensor& support_lse,
+                                    const Tensor& tempered_lse, const Tensor& cross, const Tensor& negentropy,
+                                    const Tensor& size, const Tensor& log_sum, const Tensor& base_log_sum,
+                                    const Tensor& max, const Tensor& support_max, const Tensor& base_max) {
+  return {doubles(lse, rows),        doubles(support_lse, rows),  doubles(tempered_lse, rows),
+          doubles(cross, rows),      doubles(negentropy, rows),   vector_of<int64_t>(size, ScalarType::Long, rows),
+          doubles(log_sum, rows),    doubles(base_log_sum, rows), floats(max, rows),
+          floats(support_max, rows), floats(base_max, rows)};
 }
 
 void pair_statistics(Tensor student, std::optional<Tensor> base, std::optional<Tensor> mask, double temperature,
                      std::optional<Tensor> temperatures, std::optional<Tensor> threshold, std::optional<Tensor> size,
                      std::optional<Tensor> token_ids, std::optional<Tensor> log_probs, Tensor lse, Tensor support_lse,
-                     Tensor tempered_lse, Tensor cross, Tensor negentropy, Tensor support_size, Tensor log_sum, Tensor base_log_sum,
-                     Tensor max, Tensor support_max, Tensor base_max, std::string instruction_set) {
+                     Tensor tempered_lse, Tensor cross, Tensor negentropy, Tensor support_size, Tensor log_sum,
+                     Tensor base_log_sum, Tensor max, Tensor support_max, Tensor base_max,
+                     std::string instruction_set) {
   const RowView view = row_view(student);
   const int64_t rows = view.rows();
   const RowView base_view = base ? view_like(*base, view) : RowView{};
-  sdkernels::pair_statistics(
-      kernels_for(instruction_set), view, row_arguments(view, std::nullopt, mask, temperature, temperatures),
-      pair_of(rows, base ? &base_view : nullptr, threshold, size, token_ids, log_probs),
-      pair_results(rows, lse, support_lse, tempered_lse, cross, negentropy, support_size, log_sum, base_log_sum, max, support_max, base_max),
-      parallel_for);
+  sdkernels::pair_statistics(kernels_for(instruction_set), view,
+                             row_arguments(view, std::nullopt, mask, temperature, temperatures),
+                             pair_of(rows, base ? &base_view : nullptr, threshold, size, token_ids, log_probs),
+                             pair_results(rows, lse, support_lse, tempered_lse, cross, negentropy, support_size,
+                                          log_sum, base_log_sum, max, support_max, base_max),
+                             parallel_for);
 }
 
 void pair_gradient(Tensor student, std::optional<Tensor> base, double temperature, std::optional<Tensor> temperatures,
                    std::optional<Tensor> threshold, std::optional<Tensor> size, std::optional<Tensor> token_ids,
                    std::optional<Tensor> log_probs, Tensor lse, Tensor support_lse, Tensor tempered_lse, Tensor cross,
-                   Tensor negentropy, Tensor support_size, Tensor log_sum, Tensor base_log_sum, Tensor max, Tensor support_max, Tensor base_max,
-                   Tensor on_lse, Tensor on_support_lse, Tensor on_tempered_lse, Tensor on_cross, Tensor grad,
-                   std::string instruction_set) {
+                   Tensor negentropy, Tensor support_size, Tensor log_sum, Tensor base_log_sum, Tensor max,
+                   Tensor support_max, Tensor base_max, Tensor on_lse, Tensor on_support_lse, Tensor on_tempered_lse,
+                   Tensor on_cross, Tensor grad, std::string instruction_set) {
   const RowView view = row_view(student);
   const int64_t rows = view.rows();
   const RowView base_view = base ? view_like(*base, view) : RowView{};
   sdkernels::pair_gradient(
       kernels_for(instruction_set), view, row_arguments(view, std::nullopt, std::nullopt, temperature, temperatures),
       pair_of(rows, base ? &base_view : nullptr, threshold, size, token_ids, log_probs),
-      pair_results(rows, lse, support_lse, tempered_lse, cross, negentropy, support_size, log_sum, base_log_sum, max, support_max, base_max),
+      pair_results(rows, lse, support_lse, tempered_lse, cross, negentropy, support_size, log_sum, base_log_sum, max,
+                   support_max, base_max),
       {doubles(on_lse, rows), doubles(on_support_lse, rows), doubles(on_tempered_lse, rows), doubles(on_cross, rows)},
       view_like(grad, view), parallel_for);
 }
@@ -219,8 +230,8 @@ STABLE_TORCH_LIBRARY(sdkernels_cpu, m) {
       "Tensor(a!) grad, str instruction_set='') -> ()");
   m.def(
       "row_support(Tensor logits, Tensor? mask, float temperature, Tensor? temperatures, int top_k, float top_p, "
-      "float min_p, bool partial, Tensor(a!) threshold, Tensor(b!) size, Tensor(c!) max, Tensor(d!) log_sum, Tensor(e!) entropy, "
-      "Tensor(f!) token_ids, Tensor(g!) log_probs, str instruction_set='') -> ()");
+      "float min_p, bool partial, Tensor(a!) threshold, Tensor(b!) size, Tensor(c!) max, Tensor(d!) log_sum, "
+      "Tensor(e!) entropy, Tensor(f!) token_ids, Tensor(g!) log_probs, str instruction_set='') -> ()");
   m.def(
       "truncated_log_softmax(Tensor logits, float temperature, Tensor? temperatures, Tensor threshold, Tensor size, "
       "Tensor max, Tensor log_sum, Tensor entropy, Tensor token_ids, Tensor log_probs, Tensor(a!) result, "
@@ -239,8 +250,8 @@ STABLE_TORCH_LIBRARY(sdkernels_cpu, m) {
       "pair_gradient(Tensor student, Tensor? base, float temperature, Tensor? temperatures, Tensor? threshold, "
       "Tensor? size, Tensor? token_ids, Tensor? log_probs, Tensor lse, Tensor support_lse, Tensor tempered_lse, "
       "Tensor cross, Tensor negentropy, Tensor support_size, Tensor log_sum, Tensor base_log_sum, Tensor max, "
-      "Tensor support_max, Tensor base_max, Tensor on_lse, Tensor on_support_lse, Tensor on_tempered_lse, Tensor on_cross, "
-      "Tensor(a!) grad, str instruction_set='') -> ()");
+      "Tensor support_max, Tensor base_max, Tensor on_lse, Tensor on_support_lse, Tensor on_tempered_lse, "
+      "Tensor on_cross, Tensor(a!) grad, str instruction_set='') -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdkernels_cpu, CompositeExplicitAutograd, m) {

@@ -1,4 +1,4 @@
-// All row algorithms, for one instruction set: included once by each cpu/rows_*.cpp, which define SDK_ISA and SDK_LANES.
+// All row algorithms, for one instruction set: included once by each cpu/rows_*.cpp, which set SDK_ISA and SDK_LANES.
 #include "cpu/rows_abi.h"
 
 #include <cstring>
@@ -25,7 +25,9 @@ constexpr RowKernels row_kernels() {
       [](const void* block, int64_t count, int64_t first_id, float bound, Candidates& found) {
         return collect(static_cast<const T*>(block), count, first_id, bound, found);
       },
-      [](const void* row, int64_t count, float bound) { return count_at_least(static_cast<const T*>(row), count, bound); },
+      [](const void* row, int64_t count, float bound) {
+        return count_at_least(static_cast<const T*>(row), count, bound);
+      },
       [](const void* source, float* target, int64_t count) { widen(static_cast<const T*>(source), target, count); },
       [](const float* source, void* target, int64_t count) { narrow(source, static_cast<T*>(target), count); },
   };

@@ -114,7 +114,8 @@ inline PairStatistics pair_statistics(const float* student, const float* base, i
   return result;
 }
 
-inline void pair_gradient(const float* student, const float* base, float* grad, int64_t count, const PairCoefficients& c) {
+inline void pair_gradient(const float* student, const float* base, float* grad, int64_t count,
+                          const PairCoefficients& c) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Floats z = load(student + i), b = load(base + i);
     Floats g = c.on_p * exp2_or_0((z - c.max) * c.scales.student - c.log2_sum);
@@ -141,15 +142,15 @@ inline double sum_inside(const float* logits, const float* upstream, int64_t cou
   for (int64_t begin = 0; begin < count; begin += kFlush) {
     Floats sum{};
     const int64_t end = begin + kFlush < count ? begin + kFlush : count;
-    for (int64_t i = begin; i < end; i += kLanes)
-      sum += (load(logits + i) < threshold) ? Floats{} : load(upstream + i);
+    for (int64_t i = begin; i < end; i += kLanes) sum += (load(logits + i) < threshold) ? Floats{} : load(upstream + i);
     total += add_lanes(sum);
   }
   return total;
 }
 
 // `upstream` may be null: none.
-inline void support_gradient(const float* logits, const float* upstream, float* grad, int64_t count, const SupportCoefficients& c) {
+inline void support_gradient(const float* logits, const float* upstream, float* grad, int64_t count,
+                             const SupportCoefficients& c) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Floats z = load(logits + i);
     const Floats y = (z - c.max) * c.scale - c.log2_sum;

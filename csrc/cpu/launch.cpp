@@ -30,7 +30,8 @@ struct Named {
 std::vector<Named> available() {
   std::vector<Named> found;
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     found.push_back({"avx512", &avx512::kernels});
@@ -92,7 +93,8 @@ void advise_huge_pages(const RowView& fresh) {
   for (int i = 0; i < 3; ++i) last += (fresh.sizes[i] - 1) * fresh.strides[i];
   const uintptr_t page = 4096;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(fresh.data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(fresh.data) + (last + fresh.vocab) * fresh.element_size()) / page * page;
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(fresh.data) + (last + fresh.vocab) * fresh.element_size()) / page * page;
   if (end > begin + (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
@@ -172,7 +174,8 @@ void row_gradient(const Kernels& kernels, const RowView& logits, const RowArgume
       c.max = saved.max[row];
       c.scale = scale(arguments.temperature_of(row));
       c.log2_sum = static_cast<float>(kLog2E * saved.log_sum[row]);
-      c.slope = static_cast<float>(-inverse * (on_log_prob + (on_entropy == 0.0 ? 0.0 : on_entropy * saved.entropy[row])));
+      c.slope =
+          static_cast<float>(-inverse * (on_log_prob + (on_entropy == 0.0 ? 0.0 : on_entropy * saved.entropy[row])));
       c.entropy_slope = static_cast<float>(-inverse * on_entropy / kLog2E);
 
       const bool valid = in_vocabulary(arguments.token_ids[row], logits.vocab);
@@ -184,7 +187,8 @@ void row_gradient(const Kernels& kernels, const RowView& logits, const RowArgume
         const double log2_p = (static_cast<double>(label_logit) - c.max) * c.scale - c.log2_sum;
         const double p = std::exp2(log2_p);
         const double through_entropy = on_entropy == 0.0 ? 0.0 : c.entropy_slope * std::max<double>(log2_p, kFloor);
-        set_element(grad, row, begin + label, static_cast<float>(p * (c.slope + through_entropy) + inverse * on_log_prob));
+        set_element(grad, row, begin + label,
+                    static_cast<float>(p * (c.slope + through_entropy) + inverse * on_log_prob));
       }
     }
   });

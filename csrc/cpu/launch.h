@@ -101,9 +101,9 @@ struct SupportUpstream {
 };
 
 struct Pair {
-  const RowView* base;      // null: lists only
-  const float* threshold;   // null: S is all finite base logits
-  const int64_t* size;      // null: every row is listed, or none if there are no lists
+  const RowView* base;       // null: lists only
+  const float* threshold;    // null: S is all finite base logits
+  const int64_t* size;       // null: every row is listed, or none if there are no lists
   const int32_t* token_ids;  // of lists with `capacity` places
   const float* log_probs;
   int64_t capacity;
@@ -128,7 +128,8 @@ std::string instruction_sets();
 // The kernels of one instruction set by its name; "" is the best. Null if this processor cannot run it.
 const Kernels* find_kernels(const std::string& name);
 
-void row_statistics(const Kernels&, const RowView& logits, const RowArguments&, const RowResults&, const ParallelFor&, int threads);
+void row_statistics(const Kernels&, const RowView& logits, const RowArguments&, const RowResults&, const ParallelFor&,
+                    int threads);
 void row_gradient(const Kernels&, const RowView& logits, const RowArguments&, const RowResults& saved,
                   const UpstreamGradients&, const RowView& grad, const ParallelFor&);
 void row_support(const Kernels&, const RowView& logits, const RowArguments&, const Filters&, int64_t capacity,

@@ -22,14 +22,17 @@ Statistics student_statistics(const Kernels& kernels, const RowView& student, in
   return total;
 }
 
-bool is_listed(const Pair& pair, int64_t place) { return pair.token_ids[place] >= 0 && pair.log_probs[place] != -HUGE_VALF; }
+bool is_listed(const Pair& pair, int64_t place) {
+  return pair.token_ids[place] >= 0 && pair.log_probs[place] != -HUGE_VALF;
+}
 
 // An id outside the vocabulary is never read: it makes the row NaN.
 double listed_logit(const RowView& student, int64_t row, int64_t id) {
   return id < student.vocab ? element(student, row, id) : std::numeric_limits<double>::quiet_NaN();
 }
 
-PairStatistics listed_statistics(const Kernels& kernels, const RowView& student, const Pair& pair, double temperature, int64_t row) {
+PairStatistics listed_statistics(const Kernels& kernels, const RowView& student, const Pair& pair, double temperature,
+                                 int64_t row) {
   const Statistics over_row = student_statistics(kernels, student, row);
   PairStatistics r;
   r.max = over_row.max;
@@ -52,7 +55,8 @@ PairStatistics listed_statistics(const Kernels& kernels, const RowView& student,
   return r;
 }
 
-PairStatistics dense_statistics(const Kernels& kernels, const RowView& student, const RowView& base, const PairScales& c, int64_t row) {
+PairStatistics dense_statistics(const Kernels& kernels, const RowView& student, const RowView& base,
+                                const PairScales& c, int64_t row) {
   alignas(64) float z_buffer[kBlock], b_buffer[kBlock];
   PairStatistics total;
   for (int64_t begin = 0; begin < student.vocab; begin += kBlock) {
@@ -74,7 +78,8 @@ void finish_row(const PairStatistics& r, bool listed, double temperature, int64_
   results.support_lse[row] = std::log(r.support_sum) + invalid;
   results.tempered_lse[row] = temperature * std::log(r.tempered_sum) + invalid;
   results.cross[row] = (r.impossible ? -HUGE_VAL : r.cross / (listed ? 1.0 : r.base_sum)) + invalid;
-  results.negentropy[row] = (listed ? r.base_weighted : r.base_weighted / (kLog2E * r.base_sum) - base_log_sum) + invalid;
+  results.negentropy[row] =
+      (listed ? r.base_weighted : r.base_weighted / (kLog2E * r.base_sum) - base_log_sum) + invalid;
   results.size[row] = r.size;
   results.log_sum[row] = log_sum + invalid;
   results.base_log_sum[row] = base_log_sum;
@@ -84,8 +89,8 @@ void finish_row(const PairStatistics& r, bool listed, double temperature, int64_
 }
 
 void set_zero(int64_t row, const PairResults& results) {
-  for (double* each : {results.lse, results.support_lse, results.tempered_lse, results.cross, results.negentropy, results.log_sum,
-                       results.base_log_sum})
+  for (double* each : {results.lse, results.support_lse, results.tempered_lse, results.cross, results.negentropy,
+                       results.log_sum, results.base_log_sum})
     each[row] = 0.0;
   for (float* each : {results.max, results.support_max, results.base_max}) each[row] = 0.0f;
   results.size[row] = 0;
@@ -138,19 +143,22 @@ void pair_statistics(const Kernels& kernels, const RowView& student, const RowAr
     for (int64_t i = first; i < last; ++i) {
       const double temperature = arguments.temperature_of(kept[i]);
       const bool listed = pair.listed(kept[i]);
-      const PairStatistics r = listed ? listed_statistics(kernels, student, pair, temperature, kept[i])
-                                      : dense_statistics(kernels, student, *pair.base, scales(arguments, pair, kept[i]), kept[i]);
+      const PairStatistics r =
+          listed ? listed_statistics(kernels, student, pair, temperature, kept[i])
+                 : dense_statistics(kernels, student, *pair.base, scales(arguments, pair, kept[i]), kept[i]);
       finish_row(r, listed, temperature, kept[i], results);
     }
   });
 }
 
 void pair_gradient(const Kernels& kernels, const RowView& student, const RowArguments& arguments, const Pair& pair,
-                   const PairResults& saved, const PairUpstream& upstream, const RowView& grad, const ParallelFor& parallel_for) {
+                   const PairResults& saved, const PairUpstream& upstream, const RowView& grad,
+                   const ParallelFor& parallel_for) {
   advise_huge_pages(grad);
   parallel_for(student.rows(), grain(student), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      const double on[] = {upstream.on_lse[row], upstream.on_support_lse[row], upstream.on_tempered_lse[row], upstream.on_cross[row]};
+      const double on[] = {upstream.on_lse[row], upstream.on_support_lse[row], upstream.on_tempered_lse[row],
+                           upstream.on_cross[row]};
       if (on[0] == 0.0 && on[1] == 0.0 && on[2] == 0.0 && on[3] == 0.0 && saved.log_sum[row] == saved.log_sum[row]) {
         std::memset(grad.at(row, 0), 0, grad.vocab * grad.element_size());
         continue;

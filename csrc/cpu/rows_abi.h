@@ -38,7 +38,8 @@ inline float to_float(BFloat16 value) { return float_of_bits(static_cast<uint32_
 inline float to_float(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t rest = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
-  const float finite = float_of_bits(rest) * 0x1p112f;  // the exponents' biases differ by 112; subnormals come out right
+  // The exponents' biases differ by 112; subnormals come out right.
+  const float finite = float_of_bits(rest) * 0x1p112f;
   return float_of_bits(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : bits_of_float(finite)));
 }
 
@@ -118,7 +119,7 @@ struct PairScales {
 // Of a stretch of student logits z and base logits b: sums of 2^y relative to their own maxima, over V and over S.
 struct PairStatistics {
   float max = kLowest, support_max = kLowest, base_max = kLowest;
-  double sum = 0.0;                             // over V, of exp(z - max)
+  double sum = 0.0;                              // over V, of exp(z - max)
   double support_sum = 0.0, tempered_sum = 0.0;  // over S, of exp(z - support_max) and exp((z - support_max) / T)
   double base_sum = 0.0, base_weighted = 0.0;    // over S, of e = 2^y with y = (b - base_max) log2(e) / T, and of e y
   double cross = 0.0;                            // over S, of e (z - support_max)
@@ -126,7 +127,9 @@ struct PairStatistics {
   bool impossible = false;  // z is -inf somewhere in S: cross is then -inf, and has no part of it here
 };
 
-inline double factor(float from, float to, double scale) { return std::exp2(std::fmax((double(from) - to) * scale, kFloor)); }
+inline double factor(float from, float to, double scale) {
+  return std::exp2(std::fmax((double(from) - to) * scale, kFloor));
+}
 
 inline PairStatistics merge(const PairStatistics& a, const PairStatistics& b, const PairScales& scales) {
   PairStatistics r;
@@ -156,7 +159,7 @@ struct PairCoefficients {
   float on_p, on_support_p, on_tempered_p, on_q;
 };
 
-// On S: log q = (z - max) inverse - log_sum, and grad = 2^y (slope + entropy_slope y) + upstream inverse with y = log2 q.
+// On S: log q = (z - max) inverse - log_sum, y = log2 q, and grad = 2^y (slope + entropy_slope y) + upstream inverse.
 struct SupportCoefficients {
   float threshold, max, inverse, log_sum, scale, log2_sum, slope, entropy_slope;
 };
@@ -178,7 +181,8 @@ struct Kernels {
   void (*pair_gradient)(const float* student, const float* base, float* grad, int64_t count, const PairCoefficients&);
   void (*log_softmax)(const float* logits, float* result, int64_t count, const SupportCoefficients&);
   double (*sum_inside)(const float* logits, const float* upstream, int64_t count, float threshold);
-  void (*support_gradient)(const float* logits, const float* upstream, float* grad, int64_t count, const SupportCoefficients&);
+  void (*support_gradient)(const float* logits, const float* upstream, float* grad, int64_t count,
+                           const SupportCoefficients&);
 };
 
 constexpr int64_t kBlock = 4096;  // logits that stay in L1 while several loops read them

@@ -67,7 +67,7 @@ float min_p_threshold(const Row& row, const Filters& filters, float max) {
 
 struct Swept {
   float max = kLowest;
-  Statistics mass;  // over V, where top_p needs it
+  Statistics mass;    // over V, where top_p needs it
   bool valid = true;  // no NaN
 };
 
@@ -263,7 +263,7 @@ void row_support(const Kernels& kernels, const RowView& logits, const RowArgumen
     Workspace work;
     for (int64_t i = begin; i < end; ++i) {
       const double temperature = arguments.temperature_of(kept[i]);
-      const Row row{kernels, kernels.rows[logits.dtype], logits.at(kept[i], 0), logits.vocab, logits.element_size(),
+      const Row row{kernels,     kernels.rows[logits.dtype], logits.at(kept[i], 0), logits.vocab, logits.element_size(),
                     temperature, scale(temperature)};
       support_of_row(row, filters, capacity, partial, work, kept[i], results);
     }

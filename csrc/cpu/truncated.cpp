@@ -30,7 +30,8 @@ void fill_row(const RowView& view, int64_t row, float value) {
 }
 
 // sum_S u of the upstream gradient of log q.
-double upstream_sum(const Kernels& kernels, const RowView& logits, const RowView& upstream, const Supports& supports, int64_t row) {
+double upstream_sum(const Kernels& kernels, const RowView& logits, const RowView& upstream, const Supports& supports,
+                    int64_t row) {
   double total = 0.0;
   if (supports.listed(row)) {
     const int32_t* ids = supports.token_ids + row * supports.capacity;
@@ -47,8 +48,8 @@ double upstream_sum(const Kernels& kernels, const RowView& logits, const RowView
   return total;
 }
 
-void gradient_of_row(const Kernels& kernels, const RowView& logits, const RowArguments& arguments, const Supports& supports,
-                     const SupportUpstream& upstream, const RowView& grad, int64_t row) {
+void gradient_of_row(const Kernels& kernels, const RowView& logits, const RowArguments& arguments,
+                     const Supports& supports, const SupportUpstream& upstream, const RowView& grad, int64_t row) {
   const bool exists = supports.size[row] > 0;
   if (!exists) {
     fill_row(grad, row, static_cast<float>(0.0 * supports.log_sum[row]));  // NaN where the row has no distribution
@@ -58,7 +59,8 @@ void gradient_of_row(const Kernels& kernels, const RowView& logits, const RowArg
   const double through_q = upstream.log_q ? upstream_sum(kernels, logits, *upstream.log_q, supports, row) : 0.0;
   const double on_label = upstream.on_label ? upstream.on_label[row] : 0.0;
   const double on_entropy = upstream.on_entropy ? upstream.on_entropy[row] : 0.0;
-  const double slope = -inverse * (through_q + on_label + (on_entropy == 0.0 ? 0.0 : on_entropy * supports.entropy[row]));
+  const double slope =
+      -inverse * (through_q + on_label + (on_entropy == 0.0 ? 0.0 : on_entropy * supports.entropy[row]));
   const double entropy_slope = -inverse * on_entropy;
   auto entry = [&](int64_t id, double log_q) {
     double g = std::exp(log_q) * (slope + (entropy_slope == 0.0 ? 0.0 : entropy_slope * log_q));
