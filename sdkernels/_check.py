@@ -131,14 +131,18 @@ def temperature(value: Any, shape: Sequence[int], cu_seqlens: Tensor | None, lik
 
 
 def same_temperature(name: str, value: float | Tensor, wanted: float | Tensor, keep: Tensor) -> None:
-    """Equal temperatures, numbers or per-token tensors; tensors where their values may be read."""
+    """Temperatures that are the same float32, numbers or per-token tensors; tensors where their values may be read."""
     if not isinstance(value, Tensor) and not isinstance(wanted, Tensor):
         if value != wanted:
             raise ValueError(f"{name} must equal temperature, {wanted}, got {value}")
     elif not torch.compiler.is_compiling() and values_are_checked(keep):
-        different = torch.as_tensor(value != wanted, device=keep.device) & keep
-        if different.any():
-            raise ValueError(f"{name} must equal temperature, but differs for {int(different.sum())} unmasked tokens")
+        found, expected = (torch.as_tensor(x, device=keep.device).float().expand(keep.shape) for x in (value, wanted))
+        bad = (found != expected) & keep
+        if bad.any():
+            raise ValueError(
+                f"{name} must equal temperature, {expected[bad][0].item():g}, "
+                f"got {found[bad][0].item():g} for an unmasked token"
+            )
 
 
 def temperature_values(temperatures: Tensor, keep: Tensor) -> None:
@@ -174,6 +178,16 @@ def support_id_values(name: str, ids: Tensor, keep: Tensor, vocab: int) -> None:
         bad = keep.unsqueeze(-1) & ((ids < -1) | (ids >= vocab))
         if bad.any():
             raise IndexError(f"{name} must hold ids in [0, {vocab}), or -1 for none, got {ids[bad][0].item()}")
+
+
+def normalised(name: str, log_probs: Tensor, token_ids: Tensor, keep: Tensor) -> None:
+    """Log-probs (..., K) whose probabilities sum to 1 at the kept tokens that list any, up to rounding in 16 bits."""
+    if values_are_checked(log_probs):
+        mass = log_probs.double().exp().where(token_ids >= 0, 0).sum(-1)
+        bad = keep & (mass > 0) & ((mass - 1).abs() > 0.02)
+        if bad.any():
+            raise ValueError(f"{name} must be of probabilities that sum to 1 over the listed ids, got a sum of "
+                             f"{mass[bad][0].item():.4g}: renormalise with {name}.log_softmax(-1)")  # fmt: skip
 
 
 def real(name: str, value: Any) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdkernels import _check
+from sdkernels.modules import LossModule
 from sdkernels.reductions import over_tokens, reduce
 from sdkernels.rows.layout import kept_tokens
 from sdkernels.token_log_prob import rows_log_prob
@@ -145,7 +146,8 @@ def grpo_loss(
         logits: (..., V) of the policy; the last leading dimension is time.
         token_ids: (...) int32 or int64, the sampled tokens; -100 masks a token.
         advantages: (...) per token, (...) without time per sequence, or (S,) with `cu_seqlens`.
-        old_log_prob: (...) log-probs under the policy that sampled; None means the current one, r = 1 with gradient.
+        old_log_prob: (...) log-probs under the policy that sampled, of the whole softmax at `temperature`, as
+            `token_log_prob` without filters gives them; None means the current one, r = 1 with gradient.
         epsilon_low, epsilon_high: the ratio's clip range.
         dual_clip: c > 1 bounds the loss by -c A_t where A_t < 0.
         reference_log_prob, beta: weight of the k3 estimate of KL(P || reference), which token_weight does not touch.
@@ -153,6 +155,7 @@ def grpo_loss(
         mask: (...), kept where non-zero; a masked token's logits are not read, its results and gradient are 0.
         token_weight: (...) factor on each token's surrogate, e.g. truncated importance weights.
         reduction: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum" or "none".
+            Sequences without a kept token count, as 0; a batch without any gives 0.
         normalizer: replaces the token count, the number of sequences, or the 1 of "sum"; under gradient accumulation
             or DDP the global count / world size. (dr_grpo is "sum" with normalizer B * L.)
         cu_seqlens: (S + 1,) int32, where packed sequences (N, V) start and end.
@@ -189,19 +192,7 @@ def grpo_loss(
     return GRPOOutput(*(x.to(entropy.dtype) for x in (loss, log_prob, entropy, ratio)))
 
 
-class GRPOLoss(nn.Module):
+class GRPOLoss(LossModule):
     """`grpo_loss` configured once: keyword options here, tensors (and any other option) at each call."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.options = options
-
-    def forward(
-        self, logits: Tensor, token_ids: Tensor, advantages: Tensor, old_log_prob: Tensor | None = None, **options: Any
-    ) -> GRPOOutput:
-        """See `grpo_loss`; options given here win over those given to the module."""
-        return grpo_loss(logits, token_ids, advantages, old_log_prob, **{**self.options, **options})
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+    function = staticmethod(grpo_loss)

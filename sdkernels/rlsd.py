@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdkernels import _check
 from sdkernels.evidence import checked_weighing, evidence_advantage
 from sdkernels.grpo import check_policy_options, policy_loss
+from sdkernels.modules import LossModule
 from sdkernels.reductions import over_tokens
 from sdkernels.rows import evidence as rows_evidence
 from sdkernels.rows.layout import as_rows, kept_tokens, kernel_temperature, kernel_values
@@ -278,25 +279,7 @@ def rlsd_metrics(
     return {name: torch.where(keep, value, 0).sum(dtype=ratio.dtype) / count for name, value in per_token.items()}
 
 
-class RLSDLoss(nn.Module):
+class RLSDLoss(LossModule):
     """`rlsd_loss` configured once: keyword options here, tensors (and any other option, such as lam) at each call."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.options = options
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher: Tensor,
-        token_ids: Tensor,
-        advantages: Tensor,
-        old_log_prob: Tensor | None = None,
-        **options: Any,
-    ) -> RLSDOutput:
-        """See `rlsd_loss`; options given here win over those given to the module."""
-        return rlsd_loss(student_logits, teacher, token_ids, advantages, old_log_prob, **{**self.options, **options})
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+    function = staticmethod(rlsd_loss)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdkernels import _check
+from sdkernels.modules import LossModule
 from sdkernels.reductions import reduce
 from sdkernels.rows.layout import as_rows, at_tokens, kernel_temperature
 from sdkernels.rows.pair import pair_statistics
@@ -16,7 +17,17 @@ from sdkernels.truncation import Filters, Support, rows_support
 
 
 class SSDTerms(NamedTuple):
-    """Results of `ssd_decomposition`, each (...); all but constant and support_size are differentiable."""
+    """Results of `ssd_decomposition`, each (...), in nats but for the last two; all but two are differentiable.
+
+    Attributes:
+        support_compression: -log of the student's mass on S, >= 0.
+        within_support_reshaping: (1 - T) times the Renyi entropy of p_S; it sharpens for T < 1 and flattens for T > 1.
+        base_alignment: T KL(q || p_ST), >= 0.
+        constant: T H(q), without gradient.
+        cross_entropy: -sum_v q(v) log p(v), the sum of the four.
+        kept_mass: the student's mass on S, in [0, 1].
+        support_size: |S| int64, of a `Support` the tokens it lists.
+    """
 
     support_compression: Tensor
     within_support_reshaping: Tensor
@@ -111,6 +122,7 @@ def ssd_loss(
         weights: (a, b, c) on the first three terms.
         token_weight: (...) factor on each token's loss.
         reduction: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum" or "none".
+            Sequences without a kept token count, as 0; a batch without any gives 0.
         normalizer: replaces the token count, the number of sequences, or the 1 of "sum"; under gradient accumulation
             or DDP the global count / world size.
         cu_seqlens: (S + 1,) int32, where packed sequences (N, V) start and end.
@@ -148,20 +160,13 @@ def effective_temperature(train_temperature: float, eval_temperature: float) -> 
     return product
 
 
-class SSDLoss(nn.Module):
+class SSDLoss(LossModule):
     """`ssd_loss` configured once: keyword options here, tensors (and any other option) at each call."""
 
-    def __init__(self, temperature: float, **options: Any) -> None:
-        super().__init__()
-        self.options = {"temperature": temperature, **options}
+    function = staticmethod(ssd_loss)
 
-    def forward(self, student_logits: Tensor, base: Tensor | Support, **options: Any) -> SSDOutput:
-        """See `ssd_loss`; options given here win over those given to the module."""
-        return ssd_loss(student_logits, base, **{**self.options, **options})
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+    def __init__(self, temperature: float | Tensor, **options: Any) -> None:
+        super().__init__(temperature=temperature, **options)
 
 
 def _in_dtype_of(logits: Tensor, terms: SSDTerms) -> SSDTerms:
@@ -195,6 +200,8 @@ def _terms(
         rows = [x.detach().reshape(*kept_rows.shape, x.shape[-1]).contiguous() for x in lists]
         results = pair_statistics(student, None, kept_rows, *scaling, None, None, *rows)
     else:
+        if not isinstance(base, Tensor):
+            raise TypeError(f"base must be a torch.Tensor or a Support, got {type(base).__name__}")
         _check.same_logits("base", base, student_logits)
         base_rows = as_rows(base.detach())
         support: tuple[Tensor | None, ...] = (None,) * 4
@@ -239,6 +246,7 @@ def _check_sparse_base(
     _check.same_temperature("base.temperature", recorded, wanted, keep)
     if not torch.compiler.is_compiling():
         _check.support_id_values("base.token_ids", token_ids, keep, student_logits.shape[-1])
+        _check.normalised("base.log_probs", log_probs, token_ids, keep)
     return token_ids, log_probs
 
 

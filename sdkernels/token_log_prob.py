@@ -52,8 +52,9 @@ def token_log_prob(
             `cu_seqlens`.
         top_k, top_p, min_p: the filters of `truncated_log_softmax`; a token that they drop has log-prob -inf and
             gradient 0.
-        support: replays a given set in place of the filters: a `Support`, or ids (..., K), distinct, -1 for none, as
-            inference engines record them. The chosen token is always counted in.
+        support: replays a given set in place of the filters: a `Support`, of which only the ids are used, or ids
+            (..., K), distinct, -1 for none, as inference engines record them. The chosen token is always counted in.
+            Ids that were cut (``support.size > K``) replay another distribution.
         mask: (...), kept where non-zero. A masked token's logits are not read, its results and gradient are 0.
         cu_seqlens: (S + 1,) int32, where packed sequences start and end.
 

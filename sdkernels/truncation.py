@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,7 +22,8 @@ class Support(NamedTuple):
 
     Attributes:
         token_ids: (..., K) int64, most probable first, ties by id; -1 marks an unused place.
-        log_probs: (..., K) log q of these tokens in nats, -inf in unused places; each row's probabilities sum to 1.
+        log_probs: (..., K) log q of these tokens in nats, -inf in unused places; each row's probabilities sum to 1. (Of
+            an inference engine's top log-probs, which do not, take ``log_softmax(-1)``.)
         size: (...) int64, |S|, also where it is larger than K; 0 for masked rows.
         temperature: what divided the logits, a number or a tensor (...).
     """
@@ -30,6 +32,11 @@ class Support(NamedTuple):
     log_probs: Tensor
     size: Tensor
     temperature: float | Tensor
+
+    def to(self, device: torch.device | str) -> Support:
+        """The same on another device."""
+        temperature = self.temperature.to(device) if isinstance(self.temperature, Tensor) else self.temperature
+        return Support(self.token_ids.to(device), self.log_probs.to(device), self.size.to(device), temperature)
 
 
 class Filters(NamedTuple):
@@ -69,12 +76,13 @@ def truncated_log_softmax(
 ) -> Tensor:
     """log q, where q is softmax(logits / temperature) renormalised on its support S: log q on S, -inf elsewhere.
 
-    S is what survives, in this order: `top_k` keeps the k largest; `top_p` renormalises and keeps the fewest largest
-    whose mass reaches it; `min_p` keeps z >= max + T log(min_p). Ties with the last token kept are kept, so S is
-    {v : z_v >= threshold} whatever the order of the vocabulary. A logit of -inf is never in S, the largest always is.
+    S is what survives, in transformers' order: `top_k` keeps the k largest; `top_p` renormalises and keeps the fewest
+    largest whose mass reaches it; `min_p` keeps z >= max + T log(min_p). Ties with the last token kept are kept, so S
+    is {v : z_v >= threshold} whatever the order of the vocabulary. A logit of -inf is never in S, the largest always
+    is.
 
     The gradient for an upstream g is (g - q sum_S(g)) / temperature on S and 0 elsewhere; S is a constant, and g
-    outside S is not read.
+    outside S is not read. (Products of q and log q are 0 * -inf there: `token_log_prob` gives q's entropy.)
 
     One sweep reads the logits and one writes the result: nothing is sorted. Where |S| <= 64 backward reads |S| numbers
     of g and writes the gradient; larger supports are read again, 2 bytes per bfloat16 logit.
@@ -117,7 +125,8 @@ def truncated_support(
 ) -> Support:
     """The distribution q of `truncated_log_softmax` in sparse form: ids and log-probs of at most `max_size` tokens.
 
-    Where |S| > max_size the `max_size` most probable are kept and renormalised; `size` tells the true |S|.
+    Where |S| > max_size the `max_size` most probable are kept and renormalised: another distribution than q. `size`
+    tells the true |S|, so check ``(support.size > max_size).any()``.
 
     Args:
         logits: (..., V) float64, float32, bfloat16 or float16; read once.
@@ -150,6 +159,8 @@ def truncated_support(
 
 def save_support(path: str | os.PathLike[str], support: Support) -> None:
     """Write a `Support` to a safetensors file: all of it, or, if interrupted, nothing."""
+    if not isinstance(support, Support):
+        raise TypeError(f"support must be a Support, got {type(support).__name__}")
     path = Path(path)
     temperature = support.temperature
     if not isinstance(temperature, Tensor):
@@ -169,7 +180,10 @@ def load_support(path: str | os.PathLike[str]) -> Support:
     Raises:
         ValueError: the file holds something else.
     """
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} is not a safetensors file: {error}") from error
     if set(tensors) != set(Support._fields):
         raise ValueError(f"{os.fspath(path)} holds {sorted(tensors)}, not the fields of a Support")
     temperature = tensors["temperature"]

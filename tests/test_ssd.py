@@ -435,6 +435,9 @@ def test_a_support_of_tensor_temperatures(temperature, device):
     check(student, support, temperature)
     if temperature.dim() == 1:  # the same temperatures in another shape
         check(student, support, temperature.unsqueeze(-1).expand(2, 3))
+    if temperature.dim() == 0:  # a number is the same temperature as its float32
+        check(student, support, 0.9)
+        check(student, truncated_support(base, 0.9, top_p=0.9, max_size=64), temperature)
 
 
 @pytest.mark.parametrize("chosen", few(filters(vocab=111)), ids=name)

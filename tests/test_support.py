@@ -269,3 +269,15 @@ def test_another_file_is_refused(tmp_path):
     save_file({"token_ids": torch.zeros(3)}, tmp_path / "weights")
     with pytest.raises(ValueError, match=r"weights holds \['token_ids'\], not the fields of a Support"):
         load_support(tmp_path / "weights")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="text is not a safetensors file"):
+        load_support(tmp_path / "text")
+    with pytest.raises(TypeError, match="support must be a Support, got Tensor"):
+        save_support(tmp_path / "tensor", torch.zeros(3))
+
+
+@pytest.mark.parametrize("temperature", [0.7, torch.ones(3)], ids=["number", "tensor"])
+def test_a_support_moves_to_a_device(temperature):
+    moved = truncated_support(torch.randn(3, 11), temperature, top_k=2, max_size=2).to("meta")
+    assert isinstance(moved, Support)
+    assert {x.device.type for x in moved if isinstance(x, torch.Tensor)} == {"meta"}

@@ -101,6 +101,18 @@ def test_short_supports_cost_one_sweep_to_find_and_none_to_use(dtype, monkeypatc
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "sweeps"), [("gaussian", 15), ("gumbel", 15), ("ties", 40)])
+def test_long_supports_cost_a_few_sweeps_to_find(kind, sweeps, dtype, monkeypatch):
+    vocab = 50257
+    logits = (nasty.rows(kind, 1, vocab) / 4).to(dtype)
+    with counting_loads(monkeypatch) as count:
+        log_q = truncated_log_softmax(logits, 1.6, **LONG)
+    assert (log_q > -torch.inf).sum() > 4096
+    assert count(logits) <= sweeps * vocab
+
+
+@interpreted
 def test_a_recorded_support_costs_the_students_row_only(monkeypatch):
     vocab = 50257
     student, base = (nasty.rows("gaussian", 2, vocab) for _ in range(2))

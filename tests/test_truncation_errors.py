@@ -145,7 +145,7 @@ def test_token_log_prob_names_what_is_wrong_with_a_support(sparse):
 
 SPARSE = Support(torch.zeros(B, T, 2, dtype=torch.int64), torch.zeros(B, T, 2), torch.ones(B, T), 0.8)
 BASE_MESSAGES = [
-    (TypeError, "base must be a torch.Tensor, got list", [1.0], {}),
+    (TypeError, "base must be a torch.Tensor or a Support, got list", [1.0], {}),
     (TypeError, "base must be float64, .* got torch.int64", torch.ones(B, T, V, dtype=torch.int64), {}),
     (ValueError, re.escape("base must have the student logits' shape (2, 3, 7), got (2, 3, 8)"),
      torch.randn(B, T, V + 1), {}),
@@ -156,9 +156,9 @@ BASE_MESSAGES = [
       for option in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1})),
     (ValueError, re.escape("base.temperature must equal temperature, 0.8, got 1.0"),
      SPARSE._replace(temperature=1.0), {}),
-    (ValueError, "base.temperature must equal temperature, but differs for 3 unmasked tokens",
+    (ValueError, "base.temperature must equal temperature, 0.8, got 0.9 for an unmasked token",
      SPARSE._replace(temperature=torch.tensor([0.8, 0.9], dtype=torch.float64)), {}),
-    (ValueError, "base.temperature must equal temperature, but differs for 1 unmasked tokens",
+    (ValueError, "base.temperature must equal temperature, 0.8, got 0.9 for an unmasked token",
      SPARSE._replace(temperature=torch.tensor([0.8, 0.9], dtype=torch.float64)),
      {"mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}),
     (TypeError, "base.token_ids must hold int32 or int64 ids, got torch.float32",
@@ -171,6 +171,8 @@ BASE_MESSAGES = [
      SPARSE._replace(log_probs=torch.zeros(B, T, 1)), {}),
     (ValueError, "base.log_probs requires grad",
      SPARSE._replace(log_probs=torch.zeros(B, T, 2, requires_grad=True)), {}),
+    (ValueError, re.escape("base.log_probs must be of probabilities that sum to 1 over the listed ids, got a sum of 2: "
+                           "renormalise with base.log_probs.log_softmax(-1)"), SPARSE, {}),
     (ValueError, "base.token_ids is on meta, but", SPARSE._replace(token_ids=SPARSE.token_ids.to("meta")), {}),
     *((IndexError, rf"base.token_ids must hold ids in \[0, {V}\), or -1 for none, got {bad}",
        SPARSE._replace(token_ids=SPARSE.token_ids + bad), {}) for bad in (V, -2, 2**40)),

@@ -98,9 +98,10 @@ def walk(row_ptr, other_ptr, vocab, state, arguments, FOLD: tl.constexpr, DEPTH:
         state = FOLD(state, z, other, start + offsets, arguments)
     line = tl.arange(0, LANES)[None, :]
     lines = vocab // LANES * LANES
-    for start in range(tiles, lines, LANES):
-        z, other = _load(row_ptr, other_ptr, start + line)
-        state = FOLD(state, z, other, start + line, arguments)
+    if DEPTH > 1:
+        for start in range(tiles, lines, LANES):
+            z, other = _load(row_ptr, other_ptr, start + line)
+            state = FOLD(state, z, other, start + line, arguments)
     if lines < vocab:
         inside = lines + line < vocab
         z = tl.load(row_ptr + lines + line, mask=inside, other=float("-inf")).to(tl.float32)

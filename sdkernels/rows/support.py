@@ -29,10 +29,10 @@ def _from_list(m, s, t, size, bound, temperature, scale, filters, capacity, note
     z = tl.where(z >= bound, z, float("-inf"))  # the bound was lower at first, so these are not all there
     y = (z - m) * scale
     mass = tl.exp2(y)
-    listed = (note, (mass * device.FIXED_POINT).to(tl.int64))
+    listed = (note, at.masses_of(z, m, scale))
     if FILTERED:
         peak = at.rounded_up(m + temperature * tl.log(min_p))
-        threshold, measured = at.threshold(bound, m, s, filters, listed, at.above_in_list, SHIFT)
+        threshold, measured = at.threshold(bound, m, s, filters, listed, at.orders_above_in_list, at.whole_list, SHIFT)
         nucleus_ends = (top_p < 1) & (device.add_lanes(mass) >= top_p * measured)
         known = known & ((top_k > 0) | nucleus_ends | (peak >= bound))
         threshold = tl.maximum(threshold, peak)
@@ -40,10 +40,10 @@ def _from_list(m, s, t, size, bound, temperature, scale, filters, capacity, note
         size = tl.sum(inside.to(tl.int32), 0)
         s = device.add_lanes(tl.where(inside, mass, 0.0))
         t = device.add_lanes(tl.where(inside, mass * tl.maximum(y, device.FLOOR), 0.0))
-    if known & ((size <= capacity) | PARTIAL):
+    if (count <= note.shape[0]) & (PARTIAL | (size <= capacity)):
         floor = at.first_of_group(at.order_of(threshold))
         if size > capacity:
-            floor = at.floor_of_largest(capacity, floor, m, listed, at.above_in_list)
+            floor = at.floor_of_largest(capacity, floor, m, listed, at.notes_above_in_list)
         at.write_back(note, note >= floor, notes)
     return known, s, t, size, threshold
 
@@ -141,7 +141,8 @@ def _support_kernel(
     if notes_ptr is not None:
         if s > 0:
             if at.counted(notes) > CANDIDATES:
-                at.note_again(row_ptr, vocab, at.first_of_group(at.order_of(bound)), notes, DEPTH, LANES)
+                highest = at.last_of_group(at.order_of(m))
+                at.note_again(row_ptr, vocab, at.first_of_group(at.order_of(bound)), highest, notes, DEPTH, LANES)
             known, s, t, size, threshold = _from_list(
                 m, s, t, size, bound, row_temperature, scale, filters, capacity, notes, FILTERED, PARTIAL, SHIFT
             )
@@ -189,21 +190,26 @@ def _search_kernel(
         scale = device.row_scale(row_temperature)
         row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
         m = tl.load(results[2] + row)
-        swept = (row_ptr, vocab, m, scale, tl.zeros((DEPTH, LANES), tl.int8))
+        list_ptr = notes_ptr + row * CANDIDATES
+        # Where the list did not tell, its first half still holds the largest logits, if it could take them.
+        unlisted = (tl.load(counts_ptr + row) > CANDIDATES) | (2 * PLACES > CANDIDATES)
+        notes = (list_ptr + CANDIDATES // 2, counts_ptr + row, tl.arange(0, CANDIDATES // 2))
+        swept = (row_ptr, vocab, m, scale, notes, tl.zeros((DEPTH, LANES), tl.int8))
         threshold = tl.zeros((), tl.float32) + device.LOWEST
         if FILTERED:
             filters = (top_k, tl.zeros((), tl.float64) + top_p, tl.zeros((), tl.float64) + min_p)
             unknown_mass = tl.zeros((), tl.float64)
-            threshold, _measured = at.threshold(threshold, m, unknown_mass, filters, swept, at.above_in_row, SHIFT)
+            threshold, _measured = at.threshold(
+                threshold, m, unknown_mass, filters, swept, at.orders_above_in_row, at.narrowed_row, SHIFT
+            )
             threshold = tl.maximum(threshold, at.rounded_up(m + row_temperature * tl.log(filters[2])))
         size, s, t = at.sums_inside(row_ptr, vocab, threshold, m, scale, DEPTH, LANES)
-        list_ptr = notes_ptr + row * CANDIDATES
-        if (size <= capacity) | PARTIAL:
+        if ((size <= capacity) | PARTIAL) & unlisted:
             floor = at.first_of_group(at.order_of(threshold))
             if size > capacity:
-                floor = at.floor_of_largest(capacity, floor, m, swept, at.above_in_row)
-            notes = (list_ptr, counts_ptr + row, tl.arange(0, CANDIDATES))
-            at.note_again(row_ptr, vocab, floor, notes, DEPTH, LANES)
+                floor = at.floor_of_largest(capacity, floor, m, swept, at.notes_above_in_row)
+            chosen = (list_ptr, counts_ptr + row, tl.arange(0, CANDIDATES))
+            at.note_again(row_ptr, vocab, floor, at.last_of_group(at.order_of(m)), chosen, DEPTH, LANES)
         _write(
             row, m, s, t, size, threshold, row_temperature, results, lists, list_ptr, capacity, PARTIAL, PLACES
         )  # fmt: skip
@@ -216,7 +222,8 @@ def _launch(logits: Tensor, mask: Tensor | None, temperature: float, temperature
     align = layout.alignment(logits)
     filtered = filters != (0, 1.0, 0.0)
     groups = triton.next_power_of_2(max(filters[0] or LISTED, capacity))
-    candidates = min(32 * groups, MOST_CANDIDATES, triton.next_power_of_2(vocab))
+    most = MOST_CANDIDATES if groups > 256 else MOST_CANDIDATES // 2  # the groups' bound leaves groups log(groups)
+    candidates = min(32 * groups, most, triton.next_power_of_2(vocab))
     candidates = max(candidates, triton.next_power_of_2(capacity), 16)
     notes = counts = None
     if filtered or capacity > 0:

@@ -133,34 +133,6 @@ def column_of_note(note):
 
 
 @jit
-def above_in_list(pivot, arguments):
-    """How many notes of a list are above a pivot, and their mass; masses are in fixed point, exact in any order."""
-    notes, masses = arguments
-    above = notes > pivot
-    mass = tl.sum(tl.where(above, masses, 0), 0).to(tl.float64) / device.FIXED_POINT
-    return tl.sum(above.to(tl.int32), 0), mass
-
-
-@jit
-def _fold_above(state, z, other, columns, arguments):
-    count, mass = state
-    pivot, m, scale = arguments
-    above = (note_of(z, columns) > pivot) & (z >= device.LOWEST)
-    mass += tl.sum(tl.where(above, tl.exp2((z - m) * scale), 0.0), 0).to(tl.float64)
-    return count + tl.sum(above.to(tl.int32), 0), mass
-
-
-@jit
-def above_in_row(pivot, arguments):
-    """How many notes of a row's logits are above a pivot, and their mass relative to m: one more sweep."""
-    row_ptr, vocab, m, scale, tile = arguments
-    LANES: tl.constexpr = tile.shape[1]
-    state = (tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.float64))
-    count, mass = device.walk(row_ptr, None, vocab, state, (pivot, m, scale), _fold_above, tile.shape[0], LANES)
-    return tl.sum(count, 0), device.add_lanes(mass)
-
-
-@jit
 def first_of_group(order):
     """The smallest note of the logits of an order."""
     return order.to(tl.int64) << 32
@@ -173,17 +145,66 @@ def last_of_group(order):
 
 
 @jit
-def bisect(low, high, most, most_mass, arguments, ABOVE: tl.constexpr, GROUPED: tl.constexpr, SHIFT: tl.constexpr):
-    """The least in [low, high] above which are fewer than `most` logits with less mass than `most_mass`.
+def _unshifted(order, SHIFT: tl.constexpr):
+    """An order from all but its low bits, which do not vary in the row's dtype: 0, or 1 where it is negative."""
+    return (order << SHIFT) | tl.where(order < 0, (1 << SHIFT) - 1, 0)
 
-    Of notes; GROUPED, of orders without their SHIFT low bits, which do not vary in the row's dtype.
-    """
+
+@jit
+def notes_above_in_list(note, arguments, SHIFT: tl.constexpr):
+    """How many notes of a list are above one, and their mass; masses are in fixed point, exact in any order."""
+    notes, masses = arguments
+    above = notes > note
+    mass = tl.sum(tl.where(above, masses, 0), 0).to(tl.float64) / device.FIXED_POINT
+    return tl.sum(above.to(tl.int32), 0), mass
+
+
+@jit
+def orders_above_in_list(order, arguments, SHIFT: tl.constexpr):
+    """How many notes of a list are above all of an order, and their mass."""
+    return notes_above_in_list(last_of_group(_unshifted(order, SHIFT)), arguments, SHIFT)
+
+
+@jit
+def _fold_notes_above(state, z, other, columns, note):
+    return state + tl.sum(((note_of(z, columns) > note) & (z >= device.LOWEST)).to(tl.int32), 0)
+
+
+@jit
+def notes_above_in_row(note, arguments, SHIFT: tl.constexpr):
+    """As of a list, by one more sweep over the row, and without their mass."""
+    row_ptr, vocab, _m, _scale, _notes, tile = arguments
+    state = tl.zeros((tile.shape[1],), tl.int32)
+    count = device.walk(row_ptr, None, vocab, state, note, _fold_notes_above, tile.shape[0], tile.shape[1])
+    return tl.sum(count, 0), tl.zeros((), tl.float64)
+
+
+@jit
+def _fold_above(state, z, other, columns, arguments):
+    count, mass = state
+    last, m, scale = arguments
+    above = order_of(z) > last  # -inf is not: `last` is never below its order
+    mass += tl.sum(tl.where(above, tl.exp2((z - m) * scale), 0.0), 0).to(tl.float64)
+    return count + tl.sum(above.to(tl.int32), 0), mass
+
+
+@jit
+def orders_above_in_row(order, arguments, SHIFT: tl.constexpr):
+    """As of a list, by one more sweep over the row."""
+    row_ptr, vocab, m, scale, _notes, tile = arguments
+    last = _unshifted(order, SHIFT).to(tl.int32)
+    state = (tl.zeros((tile.shape[1],), tl.int32), tl.zeros((tile.shape[1],), tl.float64))
+    count, mass = device.walk(row_ptr, None, vocab, state, (last, m, scale), _fold_above, tile.shape[0], tile.shape[1])
+    return tl.sum(count, 0), device.add_lanes(mass)
+
+
+@jit
+def bisect(search, ABOVE: tl.constexpr, SHIFT: tl.constexpr):
+    """The least note or order in [low, high] above which are fewer than `most` logits with less than `most_mass`."""
+    low, high, most, most_mass, arguments = search
     while low < high:
         middle = (low >> 1) + (high >> 1) + (low & high & 1)  # their difference may overflow
-        pivot = middle
-        if GROUPED:
-            pivot = (((middle << SHIFT) | tl.where(middle < 0, (1 << SHIFT) - 1, 0)) << 32) | 0x7FFFFFFF
-        count, mass = ABOVE(pivot, arguments)
+        count, mass = ABOVE(middle, arguments, SHIFT)
         if (count < most) & (mass < most_mass):
             high = middle
         else:
@@ -192,53 +213,108 @@ def bisect(low, high, most, most_mass, arguments, ABOVE: tl.constexpr, GROUPED: 
 
 
 @jit
-def _unshifted(order, SHIFT: tl.constexpr):
-    """An order from all but its low bits, which are 0, or 1 where it is negative."""
-    return (order << SHIFT) | tl.where(order < 0, (1 << SHIFT) - 1, 0)
+def _middle(low, high, m, scale, SHIFT: tl.constexpr):
+    """An order in [low, high): between the two floats, or where these are far below m or next to each other, orders."""
+    least = float_of(_unshifted(low, SHIFT).to(tl.int32))
+    most = float_of(_unshifted(high, SHIFT).to(tl.int32))
+    by_value = (order_of(0.5 * least + 0.5 * most) >> SHIFT).to(tl.int64)
+    by_value = tl.minimum(tl.maximum(by_value, low), high - 1)
+    apart = ((m - least) * scale < -device.FLOOR) & ((most - least) * scale > 1 / 256)
+    return tl.where(apart, by_value, (low >> 1) + (high >> 1) + (low & high & 1))
 
 
 @jit
-def threshold(lowest, m, row_mass, filters, arguments, ABOVE: tl.constexpr, SHIFT: tl.constexpr):
-    """The threshold of top_k and top_p, and the mass that top_p measures: of a list, or of a row by some 32 sweeps.
+def masses_of(z, m, scale):
+    """The masses of logits relative to m, in fixed point."""
+    return (tl.exp2((z - m) * scale) * device.FIXED_POINT).to(tl.int64)
+
+
+@jit
+def whole_list(low, high, most, most_mass, rest, arguments, SHIFT: tl.constexpr):
+    """A list is searched as it is, between `low` and `high`, with nothing above it."""
+    return low, high, most, most_mass, arguments
+
+
+@jit
+def narrowed_row(low, high, most, most_mass, rest, arguments, SHIFT: tl.constexpr):
+    """A row is bisected by sweeps until a list takes all logits from `low` to `high`; what is above is subtracted.
+
+    Logits that have less than 1 / V of the `rest` each, the mass that may be left out, are all left out.
+    """
+    row_ptr, vocab, m, scale, notes, tile = arguments
+    least = m + (tl.log2(rest / vocab) / scale).to(tl.float32)
+    least -= 1e-5 * (tl.abs(least) + 1 / scale)
+    low = tl.maximum(low, (order_of(tl.maximum(least, device.LOWEST)) >> SHIFT).to(tl.int64))
+    above = tl.zeros((), tl.int32)
+    mass = tl.zeros((), tl.float64)
+    within = vocab
+    while (low < high) & (within > notes[2].shape[0]):
+        middle = _middle(low, high, m, scale, SHIFT)
+        count, found = orders_above_in_row(middle, arguments, SHIFT)
+        if (count < most) & (found < most_mass):
+            high = middle
+            within -= count - above
+            above = count
+            mass = found
+        else:
+            low = middle + 1
+            within = count - above
+    first = first_of_group(_unshifted(low, SHIFT))
+    last = last_of_group(_unshifted(high, SHIFT))
+    if low < high:
+        note_again(row_ptr, vocab, first, last, notes, tile.shape[0], tile.shape[1])
+    _count, note = noted(notes)
+    z = float_of_note(note)
+    z = tl.where(z >= device.LOWEST, z, float("-inf"))  # no logits in the places beyond the last
+    return low, high, most - above, most_mass - mass, (note, masses_of(z, m, scale))
+
+
+@jit
+def threshold(
+    lowest, m, row_mass, filters, arguments, ABOVE: tl.constexpr, NARROWED: tl.constexpr, SHIFT: tl.constexpr
+):
+    """The threshold of top_k and top_p, and the mass that top_p measures: of a list, or of a row by some 10 sweeps.
 
     The row's mass, if it is not given (0), is what is found above all that is below `lowest`.
     """
-    top_k = filters[0]
-    top_p = filters[1]
+    top_k, top_p, _min_p = filters
     order = (order_of(lowest) >> SHIFT).to(tl.int64)
     highest = (order_of(m) >> SHIFT).to(tl.int64)
-    for phase in range(2):  # by the number of logits, then by the mass of what that left
-        if ((phase == 0) & (top_k > 0)) | ((phase == 1) & (top_p < 1)):
-            most = tl.where(phase == 0, top_k, 0x7FFFFFFF)
-            most_mass = tl.where(phase == 0, float("inf"), top_p * row_mass)
-            order = bisect(order, highest, most, most_mass, arguments, ABOVE, True, SHIFT)
-        if (phase == 0) & ((top_k > 0) | (row_mass == 0)):
-            _count, row_mass = ABOVE(last_of_group(_unshifted(order - 1, SHIFT)), arguments)
+    if top_k > 0:
+        found = NARROWED(order, highest, top_k, float("inf"), 0.0, arguments, SHIFT)
+        order = bisect(found, orders_above_in_list, SHIFT)
+    if (top_k > 0) | (row_mass == 0):
+        _count, row_mass = ABOVE(order - 1, arguments, SHIFT)
+    if top_p < 1:
+        rest = (1 - top_p) * row_mass
+        found = NARROWED(order, highest, 0x7FFFFFFF, top_p * row_mass, rest, arguments, SHIFT)
+        order = bisect(found, orders_above_in_list, SHIFT)
     return float_of(_unshifted(order, SHIFT).to(tl.int32)), row_mass
 
 
 @jit
 def _fold_notes(state, z, other, columns, arguments):
-    floor, notes = arguments
-    found = (note_of(z, columns) >= floor) & (z >= device.LOWEST)
+    first, last, notes = arguments
+    note = note_of(z, columns)
+    found = (note >= first) & (note <= last) & (z >= device.LOWEST)
     if tl.max(tl.max(found.to(tl.int32), 0), 0) > 0:
         _note(z, columns, found, notes)
     return state
 
 
 @jit
-def note_again(row_ptr, vocab, floor, notes, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """Another sweep puts down all notes that are at least `floor`, and no others."""
+def note_again(row_ptr, vocab, first, last, notes, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """Another sweep puts down all notes from `first` to `last`, and no others."""
     tl.debug_barrier()
     tl.atomic_xchg(notes[1], 0)
     tl.debug_barrier()
-    device.walk(row_ptr, None, vocab, tl.zeros((), tl.int32), (floor, notes), _fold_notes, DEPTH, LANES)
+    device.walk(row_ptr, None, vocab, tl.zeros((), tl.int32), (first, last, notes), _fold_notes, DEPTH, LANES)
 
 
 @jit
 def floor_of_largest(count, floor, m, arguments, ABOVE: tl.constexpr):
     """The note of the last of so many largest logits, ties by column, or `floor` if it is higher."""
-    return bisect(floor, last_of_group(order_of(m)), count, float("inf"), arguments, ABOVE, False, 0)
+    return bisect((floor, last_of_group(order_of(m)), count, float("inf"), arguments), ABOVE, 0)
 
 
 @jit
