@@ -11,7 +11,7 @@ bench: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(RUN) -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(RUN) -m pytest $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto $(ARGS)
 
 check: $(VENV)/ready
 	$(RUN) -m ruff check .
