@@ -56,10 +56,6 @@ def _evidence_kernel(
     teacher_entropy = 0.0
     if device.is_kept(row, token_id, mask_ptr):
         t = device.row_temperature(row, temperature, temperatures_ptr, temperature_span)
-        advantage = tl.load(advantages_ptr + row // advantage_span)
-        credited = (sign == 0) | ((sign > 0) & (advantage > 0)) | ((sign < 0) & (advantage < 0))
-        if credit_mask_ptr is not None:
-            credited = credited & (tl.load(credit_mask_ptr + row) != 0)
         student_row = student_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
         student, student_entropy, _, _ = device.token_statistics(
             student_row, vocab, token_id, t, STUDENT_TILE[0], STUDENT_TILE[1])  # fmt: skip
@@ -71,6 +67,10 @@ def _evidence_kernel(
             )
             teacher, teacher_entropy, _, _ = device.token_statistics(
                 teacher_row, vocab, token_id, t, TEACHER_TILE[0], TEACHER_TILE[1])  # fmt: skip
+        advantage = tl.load(advantages_ptr + row // advantage_span)
+        credited = (sign == 0) | ((sign > 0) & (advantage > 0)) | ((sign < 0) & (advantage < 0))
+        if credit_mask_ptr is not None:
+            credited = credited & (tl.load(credit_mask_ptr + row) != 0)
         weighted, weight, gain = device.evidence_advantage(
             advantage, student, teacher, credited, lam, low, high, pessimistic
         )
