@@ -1,5 +1,7 @@
 """S itself: ties, sizes, what transformers would keep; and `truncated_support`, its sparse form, on disk too."""
 
+import math
+
 import nasty
 import oracles
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from supports import DTYPES, FULL, KINDS, LAYOUTS, SOME_FILTERS, SWEEP, WIDE, few, filters, name, rows, support_of
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from sdkernels import Support, load_support, save_support, truncated_support
+from sdkernels import Support, load_support, save_support, truncated_log_softmax, truncated_support
 from sdkernels import truncation as module
 from sdkernels.reference import truncation as reference
 
@@ -274,6 +276,35 @@ def test_another_file_is_refused(tmp_path):
         load_support(tmp_path / "text")
     with pytest.raises(TypeError, match="support must be a Support, got Tensor"):
         save_support(tmp_path / "tensor", torch.zeros(3))
+
+
+@pytest.mark.parametrize("max_size", [10, 63, 64])
+def test_a_nucleus_that_ends_within_rounding_of_a_list(max_size, device):
+    """Summed in another order the mass may put token 0, the next largest, out of S or in: the list must agree."""
+    small = math.log(0.7 * 2**-23)
+    logits = torch.full((1, 60_000), small, device=device)
+    logits[0, :1024], logits[0, 1:64], logits[0, 0] = -17.0, 0.0, small + 0.2
+    share = 63 / logits.double().exp().sum().item()
+    for top_p in (share * (1 - 1.5e-6), share * (1 - 3e-7), share * (1 - 1e-7)):
+        found = truncated_support(logits, top_p=top_p, max_size=max_size)
+        assert found.size.item() in (63, 64)
+        assert found.token_ids[0, : min(max_size, 63)].tolist() == list(range(1, min(max_size, 63) + 1))
+        assert abs(found.log_probs.double().exp().sum() - 1) < 1e-6
+        log_q = truncated_log_softmax(logits, top_p=top_p)
+        assert (log_q > -torch.inf).sum() == found.size
+        assert abs(log_q.double().exp().sum() - 1) < 1e-6
+
+
+@pytest.mark.parametrize("members", [20, 300])
+def test_a_min_p_so_small_that_float32_misses_it(members, device):
+    """The products of T and log(min_p) are rounded by more than what is left between S and the rest."""
+    min_p, m = 1.995262314968932e-280, 644.0330200195312
+    logits = torch.full((1, 3000), -100.0, device=device)
+    logits[0, 5], logits[0, 100 : 100 + members] = m, (m + math.log(min_p)) * 0.7
+    found = truncated_support(logits, min_p=min_p, max_size=64)
+    assert found.size.item() == members + 1
+    assert found.token_ids[0].tolist() == ([5, *range(100, 100 + members)] + [-1] * 64)[:64]
+    assert (truncated_log_softmax(logits, min_p=min_p) > -torch.inf).sum() == members + 1
 
 
 @pytest.mark.parametrize("temperature", [0.7, torch.ones(3)], ids=["number", "tensor"])

@@ -20,7 +20,10 @@ MOST_LANES = 512  # of 64-thread warps, whose predicates of each logit take two 
 @jit
 def _from_list(m, s, t, size, bound, temperature, scale, filters, capacity, notes, FILTERED: tl.constexpr,
                PARTIAL: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
-    """A row's support from its notes: whether they tell it; its sums, size, threshold. Its list replaces them."""
+    """A row's support from its notes: whether they tell it, or its largest; its sums, size, threshold.
+
+    Its list replaces the notes.
+    """
     top_k, top_p, min_p = filters
     count, note = at.noted(notes)
     known = count <= note.shape[0]
@@ -40,12 +43,13 @@ def _from_list(m, s, t, size, bound, temperature, scale, filters, capacity, note
         size = tl.sum(inside.to(tl.int32), 0)
         s = device.add_lanes(tl.where(inside, mass, 0.0))
         t = device.add_lanes(tl.where(inside, mass * tl.maximum(y, device.FLOOR), 0.0))
-    if (count <= note.shape[0]) & (PARTIAL | (size <= capacity)):
+    held = known | ((count <= note.shape[0]) & (size >= capacity))
+    if held & (PARTIAL | (size <= capacity)):
         floor = at.first_of_group(at.order_of(threshold))
         if size > capacity:
             floor = at.floor_of_largest(capacity, floor, m, listed, at.notes_above_in_list)
         at.write_back(note, note >= floor, notes)
-    return known, s, t, size, threshold
+    return known, held, s, t, size, threshold
 
 
 @jit
@@ -83,7 +87,8 @@ def _write(row, m, s, t, size, threshold, temperature, results, lists, list_ptr,
         _write_list(list_ptr, listed, lists[0] + place, lists[1] + place, capacity, m, temperature, log_sum, PLACES)
 
 
-UNKNOWN = tl.constexpr(-1) if triton else -1  # the size of a support that the first kernel leaves to the second
+# The size of a support that the first kernel leaves to the second; the other one where its list holds the largest.
+UNKNOWN, HELD = (tl.constexpr(-1), tl.constexpr(-2)) if triton else (-1, -2)
 
 
 @jit(**layout.unspecialised(""))
@@ -138,12 +143,13 @@ def _support_kernel(
     m, s, t, size, bound = at.sweep_candidates(row_ptr, vocab, scale, limits, groups, notes, DEPTH, LANES)
     threshold = tl.zeros((), tl.float32) + device.LOWEST
     known = True
+    held = True
     if notes_ptr is not None:
         if s > 0:
             if at.counted(notes) > CANDIDATES:
                 highest = at.last_of_group(at.order_of(m))
                 at.note_again(row_ptr, vocab, at.first_of_group(at.order_of(bound)), highest, notes, DEPTH, LANES)
-            known, s, t, size, threshold = _from_list(
+            known, held, s, t, size, threshold = _from_list(
                 m, s, t, size, bound, row_temperature, scale, filters, capacity, notes, FILTERED, PARTIAL, SHIFT
             )
     if known:
@@ -151,7 +157,7 @@ def _support_kernel(
             row, m, s, t, size, threshold, row_temperature, results, lists, list_ptr, capacity, PARTIAL, PLACES
         )  # fmt: skip
     else:
-        tl.store(results[1] + row, UNKNOWN)
+        tl.store(results[1] + row, tl.where(held, HELD, UNKNOWN))
         tl.store(results[2] + row, m)
 
 
@@ -185,14 +191,14 @@ def _search_kernel(
     ALIGN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(results[1] + row) == UNKNOWN:
+    state = tl.load(results[1] + row)
+    if state < 0:
         row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
         scale = device.row_scale(row_temperature)
         row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
         m = tl.load(results[2] + row)
         list_ptr = notes_ptr + row * CANDIDATES
-        # Where the list did not tell, its first half still holds the largest logits, if it could take them.
-        unlisted = (tl.load(counts_ptr + row) > CANDIDATES) | (2 * PLACES > CANDIDATES)
+        held = (state == HELD) & (2 * PLACES <= CANDIDATES)  # for the second half is taken
         notes = (list_ptr + CANDIDATES // 2, counts_ptr + row, tl.arange(0, CANDIDATES // 2))
         swept = (row_ptr, vocab, m, scale, notes, tl.zeros((DEPTH, LANES), tl.int8))
         threshold = tl.zeros((), tl.float32) + device.LOWEST
@@ -204,7 +210,7 @@ def _search_kernel(
             )
             threshold = tl.maximum(threshold, at.rounded_up(m + row_temperature * tl.log(filters[2])))
         size, s, t = at.sums_inside(row_ptr, vocab, threshold, m, scale, DEPTH, LANES)
-        if ((size <= capacity) | PARTIAL) & unlisted:
+        if (size <= capacity) | (PARTIAL & (held == 0)):
             floor = at.first_of_group(at.order_of(threshold))
             if size > capacity:
                 floor = at.floor_of_largest(capacity, floor, m, swept, at.notes_above_in_row)

@@ -41,7 +41,15 @@ def bounds(filters, vocab, capacity, temperature, GROUPS: tl.constexpr):
     log_rest = tl.where(top_k > 0, float("-inf"), tl.log((1.0 - top_p) / vocab))
     log_peak = tl.where((top_k > 0) & (top_p < 1), float("-inf"), tl.log(min_p))
     by_groups = tl.maximum(top_k, capacity) <= GROUPS
+    temperature = tl.maximum(temperature, 1e-37)  # not 0 in float32, which times -inf is NaN
     return temperature.to(tl.float32), log_rest.to(tl.float32), log_peak.to(tl.float32), by_groups
+
+
+@jit
+def _below(m, temperature, log_share):
+    """m + T log_share, less more than its float32 may be off."""
+    drop = temperature * log_share
+    return m + drop - 1e-5 * (tl.abs(m) + tl.abs(drop) + temperature)
 
 
 @jit
@@ -54,10 +62,8 @@ def _raised(bound, m, s, scale, limits, groups):
     temperature, log_rest, log_min_p, by_groups = limits
     row_m = tl.max(m, 0)
     log_sum = tl.log(tl.sum(s * tl.exp2(tl.maximum((m - row_m) * scale, device.FLOOR)), 0))
-    nucleus = row_m + temperature * (log_sum + log_rest)
-    nucleus -= 1e-5 * (tl.abs(nucleus) + temperature)
-    peak = row_m + temperature * log_min_p
-    peak -= 1e-5 * (tl.abs(peak) + temperature)
+    nucleus = _below(row_m, temperature, log_sum + log_rest)
+    peak = _below(row_m, temperature, log_min_p)
     GROUPS: tl.constexpr = groups.shape[0]
     least = tl.min(tl.max(tl.reshape(m, (m.shape[0] // GROUPS, GROUPS)), 0), 0)
     bound = tl.maximum(bound, tl.where(by_groups, least, device.LOWEST))
@@ -242,8 +248,7 @@ def narrowed_row(low, high, most, most_mass, rest, arguments, SHIFT: tl.constexp
     Logits that have less than 1 / V of the `rest` each, the mass that may be left out, are all left out.
     """
     row_ptr, vocab, m, scale, notes, tile = arguments
-    least = m + (tl.log2(rest / vocab) / scale).to(tl.float32)
-    least -= 1e-5 * (tl.abs(least) + 1 / scale)
+    least = _below(m, 1 / scale, tl.log2(rest / vocab).to(tl.float32))
     low = tl.maximum(low, (order_of(tl.maximum(least, device.LOWEST)) >> SHIFT).to(tl.int64))
     above = tl.zeros((), tl.int32)
     mass = tl.zeros((), tl.float64)
