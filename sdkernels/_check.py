@@ -131,18 +131,19 @@ def temperature(value: Any, shape: Sequence[int], cu_seqlens: Tensor | None, lik
 
 
 def same_temperature(name: str, value: float | Tensor, wanted: float | Tensor, keep: Tensor) -> None:
-    """Temperatures that are the same float32, numbers or per-token tensors; tensors where their values may be read."""
+    """Equal temperatures, numbers or float64 (...), up to float32's rounding; tensors where values may be read."""
+    rounding = 1e-7
     if not isinstance(value, Tensor) and not isinstance(wanted, Tensor):
-        if value != wanted:
+        if abs(value - wanted) > rounding * wanted:
             raise ValueError(f"{name} must equal temperature, {wanted}, got {value}")
     elif not torch.compiler.is_compiling() and values_are_checked(keep):
-        found, expected = (torch.as_tensor(x, device=keep.device).float().expand(keep.shape) for x in (value, wanted))
-        bad = (found != expected) & keep
+        found, expected = (
+            torch.as_tensor(x, dtype=torch.float64, device=keep.device).expand(keep.shape) for x in (value, wanted)
+        )
+        bad = ((found - expected).abs() > rounding * expected) & keep
         if bad.any():
-            raise ValueError(
-                f"{name} must equal temperature, {expected[bad][0].item():g}, "
-                f"got {found[bad][0].item():g} for an unmasked token"
-            )
+            raise ValueError(f"{name} must equal temperature, {expected[bad][0].item():g}, "
+                             f"got {found[bad][0].item():g} for an unmasked token")  # fmt: skip
 
 
 def temperature_values(temperatures: Tensor, keep: Tensor) -> None:

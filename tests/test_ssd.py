@@ -271,6 +271,7 @@ def test_a_support_of_tensor_temperatures(temperature, device):
     if temperature.dim() == 0:  # a number is the same temperature as its float32
         check(student, support, 0.9)
         check(student, truncated_support(base, 0.9, top_p=0.9, max_size=64), temperature)
+        check(student, support._replace(temperature=temperature.item()), 0.9)  # as it comes back from a file
 
 
 @pytest.mark.parametrize("chosen", few(filters(vocab=111)), ids=name)
