@@ -9,7 +9,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
@@ -195,12 +196,26 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     path.write_text(json.dumps(results, indent=1, default=asdict) + "\n")
 
 
-def write_plot(path: Path, title: str, op: str, baseline: str, tables: dict[str, list[Measurement]]) -> None:
-    """For one operation: speedup over the baseline, and share of the copy bandwidth, a colour for each input."""
+@contextmanager
+def figure(path: Path, columns: int, size: tuple[float, float], **options: Any) -> Iterator[tuple[Any, Any]]:
+    """A row of axes to plot on, and their figure, which is written to `path` in the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    drawn, axes = plt.subplots(1, columns, figsize=size, layout="constrained", **options)
+    yield drawn, axes
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=150)
+    plt.close(drawn)
+
+
+def write_plot(path: Path, title: str, op: str, baseline: str, tables: dict[str, list[Measurement]]) -> None:
+    """For one operation: speedup over the baseline, and share of the copy bandwidth, a colour for each input."""
+    from matplotlib import colormaps
 
     groups = {name: [row for row in rows if row.op == op and row.seconds] for name, rows in tables.items()}
     groups = {name: rows for name, rows in groups.items() if rows}
@@ -210,21 +225,19 @@ def write_plot(path: Path, title: str, op: str, baseline: str, tables: dict[str,
         "% of copy bandwidth, on the least bytes": lambda row: 100 * row.copy_share,
     }
     size = (12, 1.8 + 0.16 * (len(groups) + 1) * len(names))
-    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
-    height = 0.8 / len(groups)
-    for axis, (label, value) in zip(axes, panels.items(), strict=True):
-        for i, (name, rows) in enumerate(groups.items()):
-            at = [names.index(row.name) + (i - (len(groups) - 1) / 2) * height for row in rows]
-            bars = axis.barh(at, [value(row) for row in rows], height, label=name, color=plt.get_cmap("tab20c")(i))
-            axis.bar_label(bars, fmt="%.1f" if axis is axes[0] else "%.0f", padding=2, fontsize=7)
-        axis.axvline(1 if axis is axes[0] else 100, color="0.4", linewidth=0.8, linestyle="--")
-        axis.set_xlabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.08)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
-    figure.suptitle(f"{op}\n{title}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with figure(path, 2, size, sharey=True) as (drawn, axes):
+        height = 0.8 / len(groups)
+        for axis, (label, value) in zip(axes, panels.items(), strict=True):
+            for i, (name, rows) in enumerate(groups.items()):
+                at = [names.index(row.name) + (i - (len(groups) - 1) / 2) * height for row in rows]
+                bars = axis.barh(at, [value(row) for row in rows], height, label=name, color=colormaps["tab20c"](i))
+                axis.bar_label(bars, fmt="%.1f" if axis is axes[0] else "%.0f", padding=2, fontsize=7)
+            axis.axvline(1 if axis is axes[0] else 100, color="0.4", linewidth=0.8, linestyle="--")
+            axis.set_xlabel(label)
+            axis.margins(x=0.08)
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].invert_yaxis()
+        drawn.legend(
+            *axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2
+        )
+        drawn.suptitle(f"{op}\n{title}", fontsize=10)

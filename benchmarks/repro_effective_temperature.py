@@ -105,28 +105,18 @@ def show(screen: report.Screen, title: str, rows: list[list[float]]) -> None:
 
 def plot(path: Path, curves: dict[str, list[float]]) -> None:
     """Entropy against T_eval, where the curves differ, and against T_eff, where they are one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    expected = curves["base at T_eff"]
-    for name, values in curves.items():
-        if name == "base at T_eff":
-            continue
-        train = float(name.rpartition(" ")[2])
-        axes[0].plot([t / train for t in CURVES], values, marker=".", linewidth=1, label=name)
-        axes[1].plot(CURVES, values, marker=".", linewidth=1, label=name)
-    axes[1].plot(CURVES, expected, color="black", linestyle="--", linewidth=2, alpha=0.5, label="base at T_eff")
-    axes[0].set(xlabel="T_eval", ylabel="mean entropy of exact fits, nats", title=f"V = {VOCAB:,}, top_k = 20")
-    axes[1].set(xlabel="T_eff = T_train T_eval", title="the same, by effective temperature")
-    axes[1].legend(frameon=False, fontsize=7)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with report.figure(path, 2, (9, 3.6), sharey=True) as (_, axes):
+        expected = curves["base at T_eff"]
+        for name, values in curves.items():
+            if name == "base at T_eff":
+                continue
+            train = float(name.rpartition(" ")[2])
+            axes[0].plot([t / train for t in CURVES], values, marker=".", linewidth=1, label=name)
+            axes[1].plot(CURVES, values, marker=".", linewidth=1, label=name)
+        axes[1].plot(CURVES, expected, color="black", linestyle="--", linewidth=2, alpha=0.5, label="base at T_eff")
+        axes[0].set(xlabel="T_eval", ylabel="mean entropy of exact fits, nats", title=f"V = {VOCAB:,}, top_k = 20")
+        axes[1].set(xlabel="T_eff = T_train T_eval", title="the same, by effective temperature")
+        axes[1].legend(frameon=False, fontsize=7)
 
 
 def main() -> int:

@@ -169,34 +169,24 @@ def show(screen: report.Screen, sections: list[list[Row]], history: dict[str, li
 
 def plot(path: Path, curves: dict[str, Tensor], history: dict[str, list[list[float]]]) -> None:
     """Success against temperature, and each term against the step for each kind of state."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
-    for name, logits in curves.items():
-        found = 100 * success(logits, TEMPERATURES)
-        (line,) = axes[0].plot(
-            TEMPERATURES, found, label=name, linewidth=1.2, linestyle=":" if "trained" in name else "-"
-        )
-        value, at = best(logits)
-        if "trained" not in name:
-            axes[0].annotate(
-                f"{100 * value:.2f}% at T = {at:.3f}", (at, 100 * value), fontsize=7, color=line.get_color()
+    with report.figure(path, 4, (16, 3.8)) as (_, axes):
+        for name, logits in curves.items():
+            found = 100 * success(logits, TEMPERATURES)
+            (line,) = axes[0].plot(
+                TEMPERATURES, found, label=name, linewidth=1.2, linestyle=":" if "trained" in name else "-"
             )
-    axes[0].set(xlabel="evaluation temperature", ylabel="success, %", title=f"fork/lock, top_p = {EVAL_TOP_P}")
-    for axis, (k, state) in zip(axes[1:], enumerate(STATES), strict=True):
-        for name in TERMS:
-            axis.plot([step[k] for step in history[name]], label=name.replace("_", " "), linewidth=1.2)
-        axis.set(xlabel="step", ylabel="nats", title=f"SSD's terms: {state}", xscale="symlog", xlim=(0, STEPS))
-    for axis in axes[:2]:
-        axis.legend(frameon=False, fontsize=7)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+            value, at = best(logits)
+            if "trained" not in name:
+                axes[0].annotate(
+                    f"{100 * value:.2f}% at T = {at:.3f}", (at, 100 * value), fontsize=7, color=line.get_color()
+                )
+        axes[0].set(xlabel="evaluation temperature", ylabel="success, %", title=f"fork/lock, top_p = {EVAL_TOP_P}")
+        for axis, (k, state) in zip(axes[1:], enumerate(STATES), strict=True):
+            for name in TERMS:
+                axis.plot([step[k] for step in history[name]], label=name.replace("_", " "), linewidth=1.2)
+            axis.set(xlabel="step", ylabel="nats", title=f"SSD's terms: {state}", xscale="symlog", xlim=(0, STEPS))
+        for axis in axes[:2]:
+            axis.legend(frameon=False, fontsize=7)
 
 
 def main() -> int:
