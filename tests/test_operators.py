@@ -31,7 +31,7 @@ def problem(dtype=torch.float32, device="cpu"):
 
 def test_row_statistics_passes_opcheck(device):
     student, _, token_ids, mask, _ = problem(device=device)
-    temperatures = torch.tensor([0.5, 2.0], device=device)
+    temperatures = torch.tensor([0.5, 2.0], dtype=torch.float64, device=device)
     for logits, kept, temperature, inplace in (
         (student, mask, None, False),
         (student.clone().requires_grad_(), None, temperatures, False),
