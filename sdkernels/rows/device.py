@@ -58,9 +58,21 @@ def row_temperature(row, temperature, temperatures_ptr, span):
 
 
 @jit
+def _factor(x):
+    """float32, finite and not 0: times z - m it is 0 for the maximum and -inf for -inf, whatever x."""
+    return tl.maximum(tl.minimum(x, 3e38), 1e-37).to(tl.float32)
+
+
+@jit
 def row_scale(temperature):
-    """k = log2(e) / T; finite and not 0: (z - m) k is 0 for the maximum and -inf for -inf at any temperature."""
-    return tl.maximum(tl.minimum(1.0 / temperature * LOG2E, 3e38), 1e-37).to(tl.float32)
+    """k = log2(e) / T, at any temperature a factor of z - m."""
+    return _factor(1.0 / temperature * LOG2E)
+
+
+@jit
+def inverse(temperature):
+    """1 / T, at any temperature a factor of z - m."""
+    return _factor(1.0 / temperature)
 
 
 @jit
@@ -179,6 +191,14 @@ def evidence_advantage(advantage, student, teacher, credited, lam, low, high, pe
 
 
 @jit
+def program_block(vocab, BLOCK: tl.constexpr):
+    """Of a program per block: its row, where its block starts, and the block's columns."""
+    blocks = tl.cdiv(vocab, BLOCK)
+    start = tl.program_id(0) % blocks * BLOCK
+    return tl.program_id(0) // blocks, start, start + tl.arange(0, BLOCK)
+
+
+@jit
 def load_block(row_ptr, columns, vocab, WHOLE: tl.constexpr):
     """Logits of a block in float32; -inf beyond the vocabulary, unless all of it is WHOLE."""
     if WHOLE:
@@ -196,6 +216,16 @@ def store_block(row_ptr, columns, vocab, values, WHOLE: tl.constexpr):
         tl.store(row_ptr + columns, values)
     else:
         tl.store(row_ptr + columns, values, mask=columns < vocab)
+
+
+@jit
+def fill_block(row_ptr, start, columns, vocab, value):
+    """One value all over a block of a row."""
+    values = tl.zeros(columns.shape, tl.float32) + value
+    if start + columns.shape[0] <= vocab:
+        store_block(row_ptr, columns, vocab, values, True)
+    else:
+        store_block(row_ptr, columns, vocab, values, False)
 
 
 @jit

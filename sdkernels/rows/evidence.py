@@ -11,13 +11,8 @@ from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_triton
 from sdkernels.rows.statistics import check_values, row_statistics
 
-TEACHER_STRIDES = ("teacher_stride0", "teacher_stride1", "teacher_stride2")
 
-
-@jit(
-    do_not_specialize=[*layout.LAYOUT, *TEACHER_STRIDES, "temperature_span", "advantage_span"],
-    do_not_specialize_on_alignment=[*layout.PER_TOKEN, "advantages_ptr", "credit_mask_ptr"],
-)
+@jit(**layout.unspecialised("", "teacher_"))
 def _evidence_kernel(
     student_ptr,  # (N, V) through sizes and strides
     teacher_ptr,  # (N, V) through sizes and teacher_strides, or (N,) log-probs where TEACHER_TILE is None

@@ -10,22 +10,28 @@ from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_csrc, runs_triton
 
-THREADS = 256
-BLOCK_BYTES = 32 * THREADS  # of a row per program
-
 
 @jit
-def _gradient_block(logits, is_label, m, scale, log2_sum, slope, entropy_slope, label_slope):
-    y = (logits.to(tl.float32) - m) * scale - log2_sum  # log2 p
+def _gradient(z, is_label, coefficients, entropy_slope):
+    m, scale, log2_sum, slope, label_slope = coefficients
+    y = (z - m) * scale - log2_sum  # log2 p
     if entropy_slope is not None:
         slope += entropy_slope * tl.maximum(y, device.FLOOR)
     return tl.exp2(y) * slope + tl.where(is_label, label_slope, 0.0)
 
 
-@jit(
-    do_not_specialize=[*layout.LAYOUT, "grad_stride0", "grad_stride1", "grad_stride2", "span"],
-    do_not_specialize_on_alignment=[*layout.PER_TOKEN],
-)
+@jit
+def _write_block(row_ptr, grad_row, columns, vocab, is_label, needs_row, coefficients, entropy_slope,
+                 WHOLE: tl.constexpr):  # fmt: skip
+    """The gradient of a block; the row is read only where it is needed."""
+    g = tl.zeros((columns.shape[0],), tl.float32)
+    if needs_row:
+        z = device.load_block(row_ptr, columns, vocab, WHOLE)
+        g = _gradient(z, is_label, coefficients, entropy_slope)
+    device.store_block(grad_row, columns, vocab, g, WHOLE)
+
+
+@jit(**layout.unspecialised("", "grad_"))
 def _gradient_kernel(
     logits_ptr,  # (N, V) through sizes and strides
     grad_ptr,  # (N, V) through sizes and grad_strides; may be logits_ptr
@@ -50,12 +56,9 @@ def _gradient_kernel(
 ):
     log_prob_ptr, entropy_ptr, max_ptr, log_sum_ptr = statistics
     grad_log_prob_ptr, grad_entropy_ptr = upstream
-    blocks = tl.cdiv(vocab, BLOCK)
-    row = tl.program_id(0) // blocks
-    start = tl.program_id(0) % blocks * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
+    row, start, columns = device.program_block(vocab, BLOCK)
     row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
-    grad_row_ptr = grad_ptr + device.row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2, ALIGN)
+    grad_row = grad_ptr + device.row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2, ALIGN)
     token_id = tl.load(token_ids_ptr + row).to(tl.int64)
     is_label = tl.arange(0, BLOCK) == (token_id - start).to(tl.int32)
     log_sum = tl.load(log_sum_ptr + row)
@@ -69,7 +72,7 @@ def _gradient_kernel(
             on_entropy = tl.load(grad_entropy_ptr + row)
     needs_row = (on_log_prob != 0) | (on_entropy != 0) | (log_sum != log_sum)
     row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
-    inverse = (1.0 / row_temperature).to(tl.float32)
+    inverse = device.inverse(row_temperature)
     slope = -on_log_prob * inverse
     entropy_slope = None
     if grad_entropy_ptr is not None:
@@ -77,30 +80,22 @@ def _gradient_kernel(
         slope -= tl.where(on_entropy == 0, 0.0, on_entropy * entropy) * inverse
         entropy_slope = -on_entropy * inverse / device.LOG2E
     label_slope = on_log_prob * inverse
-    m = tl.load(max_ptr + row)
-    scale = device.row_scale(row_temperature)
     log2_sum = log_sum * device.LOG2E
-    g = tl.zeros((BLOCK,), tl.float32)
+    scale = device.row_scale(row_temperature)
+    coefficients = (tl.load(max_ptr + row), scale, log2_sum, slope, label_slope)
     if start + BLOCK <= vocab:
-        if needs_row:
-            z = tl.load(row_ptr + offsets)
-            g = _gradient_block(z, is_label, m, scale, log2_sum, slope, entropy_slope, label_slope)
-        tl.store(grad_row_ptr + offsets, g.to(grad_ptr.dtype.element_ty))
+        _write_block(row_ptr, grad_row, columns, vocab, is_label, needs_row, coefficients, entropy_slope, True)
     else:
-        rest = offsets < vocab
-        if needs_row:
-            z = tl.load(row_ptr + offsets, mask=rest, other=0.0)
-            g = _gradient_block(z, is_label, m, scale, log2_sum, slope, entropy_slope, label_slope)
-        tl.store(grad_row_ptr + offsets, g.to(grad_ptr.dtype.element_ty), mask=rest)
+        _write_block(row_ptr, grad_row, columns, vocab, is_label, needs_row, coefficients, entropy_slope, False)
 
 
 def _launch(logits: Tensor, grad: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float,
             temperatures: Tensor | None, per_token: tuple[Tensor | None, ...]) -> None:  # fmt: skip
     vocab = logits.shape[-1]
-    block = BLOCK_BYTES // logits.element_size()
+    options = layout.block_options(logits)
     align = layout.alignment(logits, grad)
     with layout.on_device(logits):
-        _gradient_kernel[(token_ids.numel() * -(-vocab // block),)](
+        _gradient_kernel[(token_ids.numel() * -(-vocab // options["BLOCK"]),)](
             logits,
             grad,
             token_ids,
@@ -114,9 +109,8 @@ def _launch(logits: Tensor, grad: Tensor, token_ids: Tensor, mask: Tensor | None
             vocab,
             1 if temperatures is None else layout.span(temperatures, token_ids.numel()),
             temperature,
-            BLOCK=block,
             ALIGN=align,
-            num_warps=THREADS // layout.WARP_SIZE,
+            **options,
         )
 
 
@@ -128,7 +122,6 @@ def _fill(logits: Tensor, grad: Tensor, token_ids: Tensor, mask: Tensor | None, 
     if runs_triton(logits):
         _launch(logits, grad, token_ids, mask, temperature, temperatures, per_token)
     elif runs_csrc(logits):
-        temperatures = None if temperatures is None else temperatures.double()
         torch.ops.sdkernels_cpu.row_gradient(
             logits, token_ids.long(), mask, temperature, temperatures, *per_token, grad
         )
@@ -156,7 +149,7 @@ def row_gradient(
     ``row_statistics``'. Each row's gradient is (a (onehot - p) - b p (log p + H)) / T, formed in float32 and rounded
     once. Masked rows are 0 and not read; a row whose coefficients are 0 is not read either.
     """
-    grad = layout.empty_gradient(logits)
+    grad = layout.empty_rows(logits)
     _fill(
         logits,
         grad,
@@ -176,7 +169,7 @@ def row_gradient(
 
 @row_gradient.register_fake
 def _(logits, *arguments):
-    return layout.empty_gradient(logits)
+    return layout.empty_rows(logits)
 
 
 @torch.library.custom_op("sdkernels::row_gradient_", mutates_args=("logits",))

@@ -13,8 +13,8 @@ from sdkernels import _check
 from sdkernels.reductions import over_tokens
 
 THREADS = 256  # of a program that sweeps a row
-LAYOUT = ("size1", "size2", "stride0", "stride1", "stride2")  # kernel arguments that must not specialise
-PER_TOKEN = ("token_ids_ptr", "mask_ptr", "temperatures_ptr")  # a shifted view of these is nothing new either
+SPANS = ("span", "temperature_span", "advantage_span")
+PER_TOKEN = ("token_ids_ptr", "label_ids_ptr", "mask_ptr", "credit_mask_ptr", "temperatures_ptr", "advantages_ptr")
 WARP_SIZE = 64 if torch.version.hip else 32
 
 
@@ -104,8 +104,8 @@ def unspecialised(*views: str) -> dict[str, list[str]]:
     """Options of `jit`: sizes, strides of views by the prefixes of their names, and addresses that make nothing new."""
     strides = [f"{view}stride{i}" for view in views for i in range(3)]
     return {
-        "do_not_specialize": ["size1", "size2", *strides, "span", "capacity", "top_k"],
-        "do_not_specialize_on_alignment": [*PER_TOKEN, "label_ids_ptr"],
+        "do_not_specialize": ["size1", "size2", *strides, *SPANS, "capacity", "top_k"],
+        "do_not_specialize_on_alignment": list(PER_TOKEN),
     }
 
 
@@ -130,7 +130,7 @@ def tile(rows: Tensor) -> tuple[int, int]:
     return min(8192 // lanes, 1 << (lines - 1).bit_length()), lanes
 
 
-def empty_gradient(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty_rows(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor like the logits, of `dtype` if it is given, with adjacent vocabulary too."""
     grad = torch.empty_like(logits, dtype=dtype)
     adjacent = grad.stride(-1) == 1 or grad.shape[-1] == 1

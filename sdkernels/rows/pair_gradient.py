@@ -34,7 +34,7 @@ def _gradient_on_row(z, coefficients):
 
 @jit
 def _coefficients(row, statistics, upstream, temperature):
-    """Maxima, scales, log2 sums and upstream gradients of a row, float32."""
+    """Whether any gradient flows; maxima, scales, log2 sums and upstream gradients of a row, float32."""
     _, support_lse_ptr, tempered_lse_ptr, _, _, _, log_sum_ptr, _, max_ptr, support_max_ptr, _ = statistics
     m = tl.load(max_ptr + row)
     support_m = tl.load(support_max_ptr + row)
@@ -45,12 +45,15 @@ def _coefficients(row, statistics, upstream, temperature):
     # Where no gradient flows a distribution may not even exist: then 0 must not meet its NaN.
     support_log_sum = tl.where(on_support == 0, 0.0, tl.load(support_lse_ptr + row))
     tempered_log_sum = tl.where(on_tempered == 0, 0.0, tl.load(tempered_lse_ptr + row) / temperature)
-    return (
+    log_sum = tl.load(log_sum_ptr + row)
+    flows = (on_row != 0) | (on_support != 0) | (on_tempered != 0) | (on_q != 0)
+    flows = flows | (log_sum != log_sum)  # a row without a distribution is NaN
+    return flows, (
         m,
         support_m,
         device.row_scale(tl.zeros((), tl.float64) + 1.0),
         device.row_scale(temperature),
-        (tl.load(log_sum_ptr + row) * device.LOG2E).to(tl.float32),
+        (log_sum * device.LOG2E).to(tl.float32),
         (support_log_sum * device.LOG2E).to(tl.float32),
         (tempered_log_sum * device.LOG2E).to(tl.float32),
         on_row.to(tl.float32),
@@ -105,16 +108,11 @@ def _pair_gradient_kernel(
     ALIGN: tl.constexpr,
 ):
     threshold_ptr, size_ptr, ids_ptr, log_probs_ptr = support
-    blocks = tl.cdiv(vocab, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = tl.program_id(0) % blocks * BLOCK
-    columns = start + tl.arange(0, BLOCK)
+    row, start, columns = device.program_block(vocab, BLOCK)
     row_ptr = student_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
     grad_row = grad_ptr + device.row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2, ALIGN)
     row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
-    coefficients = _coefficients(row, statistics, upstream, row_temperature)
-    on_any = (coefficients[7] != 0) | (coefficients[8] != 0) | (coefficients[9] != 0) | (coefficients[10] != 0)
-    flows = on_any | (coefficients[4] != coefficients[4])  # a row without a distribution is NaN
+    flows, coefficients = _coefficients(row, statistics, upstream, row_temperature)
     dense = 0
     base_row = None
     threshold = tl.zeros((), tl.float32) + device.LOWEST
@@ -135,7 +133,7 @@ def _pair_gradient_kernel(
             tl.debug_barrier()  # the block is written: the listed tokens get theirs on top
             lanes = tl.arange(0, LIST_LANES)
             for first in range(0, capacity, LIST_LANES):
-                place = row * capacity + first + lanes
+                place = row.to(tl.int64) * capacity + first + lanes
                 ids = tl.load(ids_ptr + place, mask=first + lanes < capacity, other=-1)
                 here = (ids >= start) & (ids < start + BLOCK) & (ids < vocab)
                 z = tl.load(row_ptr + ids, mask=here, other=0.0).to(tl.float32)
@@ -222,7 +220,7 @@ def pair_gradient(
     by_triton = serves_both(runs_triton, student, base)
     if not (by_triton or serves_both(runs_csrc, student, base)):
         return reference.pair_gradient(student, base, temperature, temperatures, *support, statistics, upstream)
-    grad = layout.empty_gradient(student)
+    grad = layout.empty_rows(student)
     if student.shape[:-1].numel() == 0:
         return grad
     if by_triton:
@@ -236,4 +234,4 @@ def pair_gradient(
 
 @pair_gradient.register_fake
 def _(student, *arguments):
-    return layout.empty_gradient(student)
+    return layout.empty_rows(student)

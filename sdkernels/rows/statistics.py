@@ -12,7 +12,7 @@ from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_csrc, runs_triton
 
 
-@jit(do_not_specialize=[*layout.LAYOUT, "span"], do_not_specialize_on_alignment=[*layout.PER_TOKEN])
+@jit(**layout.unspecialised(""))
 def _statistics_kernel(
     logits_ptr,  # (N, V) through sizes and strides
     token_ids_ptr,  # (N,)
@@ -88,8 +88,8 @@ def row_statistics(
     """log P(token) in float64, entropy, the row's maximum m and log sum exp((z - m) / T), each (...).
 
     ``logits`` (..., V) is what ``layout.as_rows`` returns; ``token_ids`` and the bool ``mask`` are contiguous, of the
-    leading shape; ``temperatures``, contiguous, holds one value for each run of consecutive tokens. ``inplace`` is for
-    backward: it lets the gradient take the logits' memory.
+    leading shape; ``temperatures``, contiguous, float64, holds one value for each run of consecutive tokens.
+    ``inplace`` is for backward: it lets the gradient take the logits' memory.
     """
     check_values(logits, token_ids, mask, temperatures)
     if not (runs_triton(logits) or runs_csrc(logits)):
@@ -100,7 +100,6 @@ def row_statistics(
     if runs_triton(logits):
         _launch(logits, token_ids, mask, temperature, temperatures, outputs)
     else:
-        temperatures = None if temperatures is None else temperatures.double()
         torch.ops.sdkernels_cpu.row_statistics(logits, token_ids.long(), mask, temperature, temperatures, *outputs)
     return outputs
 

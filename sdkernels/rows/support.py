@@ -14,7 +14,7 @@ from sdkernels.rows.layout import RowSupport
 
 LISTED = 64  # supports up to this size are kept as lists of token ids; larger ones as their threshold
 MOST_CANDIDATES = 4096  # that a kernel takes into registers
-MOST_LANES = 512  # of 64-thread warps, whose predicates of each logit take two scalar registers
+WIDE_WARP_LANES = 512  # at most, for warps of 64 threads: a predicate for each takes two scalar registers
 
 
 @jit
@@ -118,7 +118,6 @@ def _support_kernel(
     PLACES: tl.constexpr,
     GROUPS: tl.constexpr,
     SHIFT: tl.constexpr,
-    DEPTH: tl.constexpr,
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -140,7 +139,7 @@ def _support_kernel(
     filters = (top_k, tl.zeros((), tl.float64) + top_p, tl.zeros((), tl.float64) + min_p)
     limits = at.bounds(filters, vocab, capacity, row_temperature, GROUPS)
     groups = tl.arange(0, GROUPS)
-    m, s, t, size, bound = at.sweep_candidates(row_ptr, vocab, scale, limits, groups, notes, DEPTH, LANES)
+    m, s, t, size, bound = at.sweep_candidates(row_ptr, vocab, scale, limits, groups, notes, LANES)
     threshold = tl.zeros((), tl.float32) + device.LOWEST
     known = True
     held = True
@@ -148,7 +147,7 @@ def _support_kernel(
         if s > 0:
             if at.counted(notes) > CANDIDATES:
                 highest = at.last_of_group(at.order_of(m))
-                at.note_again(row_ptr, vocab, at.first_of_group(at.order_of(bound)), highest, notes, DEPTH, LANES)
+                at.note_again(row_ptr, vocab, at.first_of_group(at.order_of(bound)), highest, notes, LANES)
             known, held, s, t, size, threshold = _from_list(
                 m, s, t, size, bound, row_temperature, scale, filters, capacity, notes, FILTERED, PARTIAL, SHIFT
             )
@@ -165,7 +164,7 @@ def _support_kernel(
 def _search_kernel(
     logits_ptr,  # (N, V) through sizes and strides
     temperatures_ptr,  # (N / span,) or None
-    results,  # as of _support_kernel; where it did not know, its size -1 and the maximum
+    results,  # as of _support_kernel; where it did not know, UNKNOWN or HELD for the size, and the maximum
     lists,  # token ids and log-probs (N, capacity)
     notes_ptr,  # (N, CANDIDATES) int64
     counts_ptr,  # (N,) int32
@@ -186,7 +185,6 @@ def _search_kernel(
     CANDIDATES: tl.constexpr,
     PLACES: tl.constexpr,
     SHIFT: tl.constexpr,
-    DEPTH: tl.constexpr,
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -200,7 +198,7 @@ def _search_kernel(
         list_ptr = notes_ptr + row * CANDIDATES
         held = (state == HELD) & (2 * PLACES <= CANDIDATES)  # for the second half is taken
         notes = (list_ptr + CANDIDATES // 2, counts_ptr + row, tl.arange(0, CANDIDATES // 2))
-        swept = (row_ptr, vocab, m, scale, notes, tl.zeros((DEPTH, LANES), tl.int8))
+        swept = (row_ptr, vocab, m, scale, notes, tl.arange(0, LANES))
         threshold = tl.zeros((), tl.float32) + device.LOWEST
         if FILTERED:
             filters = (top_k, tl.zeros((), tl.float64) + top_p, tl.zeros((), tl.float64) + min_p)
@@ -209,13 +207,13 @@ def _search_kernel(
                 threshold, m, unknown_mass, filters, swept, at.orders_above_in_row, at.narrowed_row, SHIFT
             )
             threshold = tl.maximum(threshold, at.rounded_up(m + row_temperature * tl.log(filters[2])))
-        size, s, t = at.sums_inside(row_ptr, vocab, threshold, m, scale, DEPTH, LANES)
+        size, s, t = at.sums_inside(row_ptr, vocab, threshold, m, scale, LANES)
         if (size <= capacity) | (PARTIAL & (held == 0)):
             floor = at.first_of_group(at.order_of(threshold))
             if size > capacity:
                 floor = at.floor_of_largest(capacity, floor, m, swept, at.notes_above_in_row)
             chosen = (list_ptr, counts_ptr + row, tl.arange(0, CANDIDATES))
-            at.note_again(row_ptr, vocab, floor, at.last_of_group(at.order_of(m)), chosen, DEPTH, LANES)
+            at.note_again(row_ptr, vocab, floor, at.last_of_group(at.order_of(m)), chosen, LANES)
         _write(
             row, m, s, t, size, threshold, row_temperature, results, lists, list_ptr, capacity, PARTIAL, PLACES
         )  # fmt: skip
@@ -224,7 +222,9 @@ def _search_kernel(
 def _launch(logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
             filters: tuple[int, float, float], capacity: int, partial: bool, outputs: RowSupport) -> None:  # fmt: skip
     rows, vocab = outputs.size.numel(), logits.shape[-1]
-    lanes = min(layout.tile(logits)[1], MOST_LANES if layout.WARP_SIZE == 64 else 4 * MOST_LANES)
+    _, lanes = layout.tile(logits)  # in tiles of one line: the notes of a deeper one would spill
+    if layout.WARP_SIZE == 64:
+        lanes = min(lanes, WIDE_WARP_LANES)
     align = layout.alignment(logits)
     filtered = filters != (0, 1.0, 0.0)
     groups = triton.next_power_of_2(max(filters[0] or LISTED, capacity))
@@ -244,7 +244,6 @@ def _launch(logits: Tensor, mask: Tensor | None, temperature: float, temperature
         "CANDIDATES": candidates,
         "PLACES": triton.next_power_of_2(max(capacity, 1)),
         "SHIFT": {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}[logits.dtype],
-        "DEPTH": 1,  # the notes of a deeper tile would spill
         "LANES": lanes,
         "ALIGN": align,
         **layout.sweep_options(),
@@ -285,7 +284,7 @@ def row_support(
 
     The lists of larger supports hold their most probable tokens if ``partial``, else anything.
     ``logits`` (..., V) is what ``layout.as_rows`` returns; the bool ``mask`` is contiguous, of the leading shape;
-    ``temperatures``, contiguous, holds one value for each run of consecutive tokens.
+    ``temperatures``, contiguous, float64, holds one value for each run of consecutive tokens.
     """
     layout.check_temperatures(temperatures, mask, logits)
     filters = (top_k, top_p, min_p)
@@ -298,7 +297,6 @@ def row_support(
     if by_triton:
         _launch(logits, mask, temperature, temperatures, filters, capacity, partial, outputs)
         return tuple(outputs)
-    temperatures = None if temperatures is None else temperatures.double()
     torch.ops.sdkernels_cpu.row_support(logits, mask, temperature, temperatures, *filters, partial, *outputs)
     return tuple(outputs)
 

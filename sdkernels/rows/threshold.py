@@ -98,7 +98,7 @@ def _fold_candidates(state, z, other, columns, arguments):
 
 
 @jit
-def sweep_candidates(row_ptr, vocab, scale, limits, groups, notes, DEPTH: tl.constexpr, LANES: tl.constexpr):
+def sweep_candidates(row_ptr, vocab, scale, limits, groups, notes, LANES: tl.constexpr):
     """`device.sweep`, the number of finite logits, and a bound; all that are at least it are noted."""
     m = tl.full((LANES,), device.LOWEST, tl.float32)
     s = tl.zeros((LANES,), tl.float32)
@@ -106,7 +106,7 @@ def sweep_candidates(row_ptr, vocab, scale, limits, groups, notes, DEPTH: tl.con
     finite = tl.zeros((LANES,), tl.int32)
     state = (m, s, t, finite, tl.zeros((), tl.float32) + device.LOWEST)
     arguments = (scale, limits, groups, notes)
-    m, s, t, finite, bound = device.walk(row_ptr, None, vocab, state, arguments, _fold_candidates, DEPTH, LANES)
+    m, s, t, finite, bound = device.walk(row_ptr, None, vocab, state, arguments, _fold_candidates, 1, LANES)
     row_m, row_s, row_t = device.add_statistics((m, s, t), scale)
     return row_m, row_s, row_t, tl.sum(finite, 0), bound
 
@@ -179,9 +179,9 @@ def _fold_notes_above(state, z, other, columns, note):
 @jit
 def notes_above_in_row(note, arguments, SHIFT: tl.constexpr):
     """As of a list, by one more sweep over the row, and without their mass."""
-    row_ptr, vocab, _m, _scale, _notes, tile = arguments
-    state = tl.zeros((tile.shape[1],), tl.int32)
-    count = device.walk(row_ptr, None, vocab, state, note, _fold_notes_above, tile.shape[0], tile.shape[1])
+    row_ptr, vocab, _m, _scale, _notes, lanes = arguments
+    state = tl.zeros(lanes.shape, tl.int32)
+    count = device.walk(row_ptr, None, vocab, state, note, _fold_notes_above, 1, lanes.shape[0])
     return tl.sum(count, 0), tl.zeros((), tl.float64)
 
 
@@ -197,10 +197,10 @@ def _fold_above(state, z, other, columns, arguments):
 @jit
 def orders_above_in_row(order, arguments, SHIFT: tl.constexpr):
     """As of a list, by one more sweep over the row."""
-    row_ptr, vocab, m, scale, _notes, tile = arguments
+    row_ptr, vocab, m, scale, _notes, lanes = arguments
     last = _unshifted(order, SHIFT).to(tl.int32)
-    state = (tl.zeros((tile.shape[1],), tl.int32), tl.zeros((tile.shape[1],), tl.float64))
-    count, mass = device.walk(row_ptr, None, vocab, state, (last, m, scale), _fold_above, tile.shape[0], tile.shape[1])
+    state = (tl.zeros(lanes.shape, tl.int32), tl.zeros(lanes.shape, tl.float64))
+    count, mass = device.walk(row_ptr, None, vocab, state, (last, m, scale), _fold_above, 1, lanes.shape[0])
     return tl.sum(count, 0), device.add_lanes(mass)
 
 
@@ -247,7 +247,7 @@ def narrowed_row(low, high, most, most_mass, rest, arguments, SHIFT: tl.constexp
 
     Logits that have less than 1 / V of the `rest` each, the mass that may be left out, are all left out.
     """
-    row_ptr, vocab, m, scale, notes, tile = arguments
+    row_ptr, vocab, m, scale, notes, lanes = arguments
     least = _below(m, 1 / scale, tl.log2(rest / vocab).to(tl.float32))
     low = tl.maximum(low, (order_of(tl.maximum(least, device.LOWEST)) >> SHIFT).to(tl.int64))
     above = tl.zeros((), tl.int32)
@@ -267,7 +267,7 @@ def narrowed_row(low, high, most, most_mass, rest, arguments, SHIFT: tl.constexp
     first = first_of_group(_unshifted(low, SHIFT))
     last = last_of_group(_unshifted(high, SHIFT))
     if low < high:
-        note_again(row_ptr, vocab, first, last, notes, tile.shape[0], tile.shape[1])
+        note_again(row_ptr, vocab, first, last, notes, lanes.shape[0])
     _count, note = noted(notes)
     z = float_of_note(note)
     z = tl.where(z >= device.LOWEST, z, float("-inf"))  # no logits in the places beyond the last
@@ -308,12 +308,12 @@ def _fold_notes(state, z, other, columns, arguments):
 
 
 @jit
-def note_again(row_ptr, vocab, first, last, notes, DEPTH: tl.constexpr, LANES: tl.constexpr):
+def note_again(row_ptr, vocab, first, last, notes, LANES: tl.constexpr):
     """Another sweep puts down all notes from `first` to `last`, and no others."""
     tl.debug_barrier()
     tl.atomic_xchg(notes[1], 0)
     tl.debug_barrier()
-    device.walk(row_ptr, None, vocab, tl.zeros((), tl.int32), (first, last, notes), _fold_notes, DEPTH, LANES)
+    device.walk(row_ptr, None, vocab, tl.zeros((), tl.int32), (first, last, notes), _fold_notes, 1, LANES)
 
 
 @jit
@@ -341,9 +341,9 @@ def _fold_inside(state, z, other, columns, arguments):
 
 
 @jit
-def sums_inside(row_ptr, vocab, threshold, m, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
+def sums_inside(row_ptr, vocab, threshold, m, scale, LANES: tl.constexpr):
     """|S|, sum 2^y and sum y 2^y over S, one more sweep."""
     zeros = tl.zeros((LANES,), tl.float32)
     state = (tl.zeros((LANES,), tl.int32), zeros, zeros)
-    count, s, t = device.walk(row_ptr, None, vocab, state, (threshold, m, scale), _fold_inside, DEPTH, LANES)
+    count, s, t = device.walk(row_ptr, None, vocab, state, (threshold, m, scale), _fold_inside, 1, LANES)
     return tl.sum(count, 0), device.add_lanes(s), device.add_lanes(t)

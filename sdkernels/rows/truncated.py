@@ -46,10 +46,7 @@ def _log_softmax_kernel(
     ALIGN: tl.constexpr,
 ):
     threshold_ptr, size_ptr, max_ptr, log_sum_ptr, _, ids_ptr, log_probs_ptr = support
-    blocks = tl.cdiv(vocab, BLOCK)
-    row = tl.program_id(0) // blocks
-    start = tl.program_id(0) % blocks * BLOCK
-    columns = start + tl.arange(0, BLOCK)
+    row, start, columns = device.program_block(vocab, BLOCK)
     row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
     result_row = result_ptr + device.row_offset(
         row, size1, size2, result_stride0, result_stride1, result_stride2, ALIGN
@@ -57,19 +54,15 @@ def _log_softmax_kernel(
     log_sum = tl.load(log_sum_ptr + row).to(tl.float32)
     size = tl.load(size_ptr + row)
     if size > capacity:
-        inverse = 1.0 / device.row_temperature(row, temperature, temperatures_ptr, span)
-        inverse = tl.maximum(tl.minimum(inverse, 3e38), 1e-37).to(tl.float32)
+        inverse = device.inverse(device.row_temperature(row, temperature, temperatures_ptr, span))
         dense = (tl.load(threshold_ptr + row), tl.load(max_ptr + row), inverse, log_sum)
         if start + BLOCK <= vocab:
             _write_log_q(row_ptr, result_row, columns, vocab, dense, True)
         else:
             _write_log_q(row_ptr, result_row, columns, vocab, dense, False)
     else:
-        nothing = tl.zeros((BLOCK,), tl.float32) + tl.where(log_sum == log_sum, float("-inf"), float("nan"))
-        if start + BLOCK <= vocab:
-            device.store_block(result_row, columns, vocab, nothing, True)
-        else:
-            device.store_block(result_row, columns, vocab, nothing, False)
+        nothing = tl.where(log_sum == log_sum, float("-inf"), float("nan"))
+        device.fill_block(result_row, start, columns, vocab, nothing)
         places = tl.arange(0, PLACES)
         place = row.to(tl.int64) * capacity + places
         ids = tl.load(ids_ptr + place, mask=places < size, other=-1)
@@ -117,8 +110,7 @@ def truncated_log_softmax(
     support = RowSupport(threshold, size, max, log_sum, entropy, token_ids, log_probs)
     if not (runs_triton(logits) or runs_csrc(logits)):
         return reference.truncated_log_softmax(logits, temperature, temperatures, support, dtype)
-    result = layout.empty_gradient(logits, dtype)
-    temperatures = None if temperatures is None else temperatures.double()
+    result = layout.empty_rows(logits, dtype)
     if size.numel() == 0:
         return result
     if runs_triton(logits):
@@ -130,7 +122,7 @@ def truncated_log_softmax(
 
 @truncated_log_softmax.register_fake
 def _(logits, *arguments):
-    return layout.empty_gradient(logits, arguments[-1])
+    return layout.empty_rows(logits, arguments[-1])
 
 
 def _setup_log_softmax(ctx, inputs, output) -> None:

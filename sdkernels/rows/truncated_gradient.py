@@ -123,10 +123,7 @@ def _truncated_gradient_kernel(
     ALIGN: tl.constexpr,
 ):
     threshold_ptr, size_ptr, max_ptr, log_sum_ptr, _, ids_ptr, log_probs_ptr = support
-    blocks = tl.cdiv(vocab, BLOCK)
-    row = tl.program_id(0) // blocks
-    start = tl.program_id(0) % blocks * BLOCK
-    columns = start + tl.arange(0, BLOCK)
+    row, start, columns = device.program_block(vocab, BLOCK)
     size = tl.load(size_ptr + row)
     row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
     row_ptr = logits_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
@@ -136,7 +133,7 @@ def _truncated_gradient_kernel(
         upstream_row = upstream_ptr + device.row_offset(
             row, size1, size2, upstream_stride0, upstream_stride1, upstream_stride2, ALIGN
         )
-    coefficients = _coefficients(row, slopes, label_ids_ptr, (1.0 / row_temperature).to(tl.float32))
+    coefficients = _coefficients(row, slopes, label_ids_ptr, device.inverse(row_temperature))
     if size > capacity:
         m = tl.load(max_ptr + row)
         threshold = tl.load(threshold_ptr + row)
@@ -147,11 +144,8 @@ def _truncated_gradient_kernel(
         else:
             _write_block(row_ptr, upstream_row, grad_row, columns, vocab, dense, coefficients, False)
     else:
-        nothing = tl.zeros((BLOCK,), tl.float32) + 0.0 * tl.load(log_sum_ptr + row).to(tl.float32)
-        if start + BLOCK <= vocab:
-            device.store_block(grad_row, columns, vocab, nothing, True)
-        else:
-            device.store_block(grad_row, columns, vocab, nothing, False)
+        nothing = 0.0 * tl.load(log_sum_ptr + row).to(tl.float32)  # NaN where the row has no distribution
+        device.fill_block(grad_row, start, columns, vocab, nothing)
         places = tl.arange(0, PLACES)
         place = row.to(tl.int64) * capacity + places
         ids = tl.load(ids_ptr + place, mask=places < size, other=-1)
@@ -189,7 +183,7 @@ def _upstream_sum(logits: Tensor, upstream: Tensor, support: RowSupport) -> Tens
 
 def _launch(logits, upstream, label_ids, on_label, on_entropy, temperature, temperatures, support, grad) -> None:
     rows, vocab = support.size.numel(), logits.shape[-1]
-    t = temperature if temperatures is None else layout.at_tokens(temperatures.double(), support.size.shape)
+    t = temperature if temperatures is None else layout.at_tokens(temperatures, support.size.shape)
     slope = 0.0 * support.log_sum  # NaN where the row has no distribution
     if upstream is not None:
         slope = slope - _upstream_sum(logits, upstream, support)
@@ -251,7 +245,7 @@ def truncated_gradient(
     arguments = (logits, upstream, label_ids, on_label, on_entropy, temperature, temperatures)
     if not (runs_triton(logits) or runs_csrc(logits)):
         return reference.truncated_gradient(*arguments, support)
-    grad = layout.empty_gradient(logits)
+    grad = layout.empty_rows(logits)
     if size.numel() == 0:
         return grad
     if runs_triton(logits):
@@ -263,4 +257,4 @@ def truncated_gradient(
 
 @truncated_gradient.register_fake
 def _(logits, *arguments):
-    return layout.empty_gradient(logits)
+    return layout.empty_rows(logits)
