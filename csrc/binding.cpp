@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cpu/launch.h"
 
@@ -18,12 +19,12 @@ using sdkernels::RowView;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-RowView row_view(const Tensor& logits) {
-  const int64_t leading = logits.dim() - 1;
+// Without the first `skipped` dimensions: at their index 0.
+RowView row_view(const Tensor& logits, int64_t skipped = 0) {
+  const int64_t last = logits.dim() - 1, leading = last - skipped;
   STD_TORCH_CHECK(0 <= leading && leading <= 3, "logits must have 1 to 4 dimensions");
-  STD_TORCH_CHECK(logits.stride(leading) == 1 || logits.size(leading) == 1,
-                  "the vocabulary must be adjacent in memory");
-  RowView view{static_cast<char*>(logits.data_ptr()), sdkernels::kFloat32, {1, 1, 1}, {0, 0, 0}, logits.size(leading)};
+  STD_TORCH_CHECK(logits.stride(last) == 1 || logits.size(last) == 1, "the vocabulary must be adjacent in memory");
+  RowView view{static_cast<char*>(logits.data_ptr()), sdkernels::kFloat32, {1, 1, 1}, {0, 0, 0}, logits.size(last)};
   switch (logits.scalar_type()) {
     case ScalarType::Float: view.dtype = sdkernels::kFloat32; break;
     case ScalarType::BFloat16: view.dtype = sdkernels::kBFloat16; break;
@@ -31,8 +32,8 @@ RowView row_view(const Tensor& logits) {
     default: STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
   }
   for (int64_t i = 0; i < leading; ++i) {
-    view.sizes[3 - leading + i] = logits.size(i);
-    view.strides[3 - leading + i] = logits.stride(i);
+    view.sizes[3 - leading + i] = logits.size(skipped + i);
+    view.strides[3 - leading + i] = logits.stride(skipped + i);
   }
   return view;
 }
@@ -128,8 +129,8 @@ sdkernels::Supports supports_of(int64_t rows, const Tensor& threshold, const Ten
           capacity};
 }
 
-RowView view_like(const Tensor& tensor, const RowView& like) {
-  const RowView view = row_view(tensor);
+RowView view_like(const Tensor& tensor, const RowView& like, int64_t skipped = 0) {
+  const RowView view = row_view(tensor, skipped);
   STD_TORCH_CHECK(view.rows() == like.rows() && view.vocab == like.vocab, "rows of a pair must have the same shape");
   return view;
 }
@@ -217,6 +218,79 @@ void pair_gradient(Tensor student, std::optional<Tensor> base, double temperatur
       view_like(grad, view), parallel_for);
 }
 
+sdkernels::DivergenceOptions divergence_options(const std::string& divergence, double beta, double token_clip) {
+  const bool known = divergence == "forward_kl" || divergence == "reverse_kl" || divergence == "jsd";
+  STD_TORCH_CHECK(known, "no divergence ", divergence);
+  const bool forward = divergence == "forward_kl", reverse = divergence == "reverse_kl";
+  return {forward ? sdkernels::kForwardKL : reverse ? sdkernels::kReverseKL : sdkernels::kJSD, beta, token_clip};
+}
+
+void row_divergence(Tensor student, Tensor teacher, std::optional<Tensor> mask, double temperature,
+                    std::optional<Tensor> temperatures, std::string divergence, double beta, double token_clip,
+                    Tensor value, Tensor slope, Tensor log_sum, Tensor teacher_log_sum, Tensor max, Tensor teacher_max,
+                    std::string instruction_set) {
+  const RowView view = row_view(student);
+  const int64_t rows = view.rows();
+  sdkernels::row_divergence(kernels_for(instruction_set), view, view_like(teacher, view),
+                            row_arguments(view, std::nullopt, mask, temperature, temperatures),
+                            divergence_options(divergence, beta, token_clip),
+                            {doubles(value, rows), doubles(slope, rows), doubles(log_sum, rows),
+                             doubles(teacher_log_sum, rows), floats(max, rows), floats(teacher_max, rows)},
+                            parallel_for);
+}
+
+void divergence_gradient(Tensor student, Tensor teacher, double temperature, std::optional<Tensor> temperatures,
+                         std::string divergence, double beta, double token_clip, Tensor slope, Tensor log_sum,
+                         Tensor teacher_log_sum, Tensor max, Tensor teacher_max, Tensor upstream, Tensor grad,
+                         std::string instruction_set) {
+  const RowView view = row_view(student);
+  const int64_t rows = view.rows();
+  sdkernels::divergence_gradient(kernels_for(instruction_set), view, view_like(teacher, view),
+                                 row_arguments(view, std::nullopt, std::nullopt, temperature, temperatures),
+                                 divergence_options(divergence, beta, token_clip),
+                                 {nullptr, doubles(slope, rows), doubles(log_sum, rows), doubles(teacher_log_sum, rows),
+                                  floats(max, rows), floats(teacher_max, rows)},
+                                 doubles(upstream, rows), view_like(grad, view), parallel_for);
+}
+
+void reduced_rows(Tensor student, Tensor teacher, Tensor token_ids, std::optional<Tensor> mask, double temperature,
+                  std::optional<Tensor> temperatures, Tensor student_row, Tensor teacher_row, Tensor tail_max,
+                  Tensor tail_log_sum, std::string instruction_set) {
+  const sdkernels::Kernels& kernels = kernels_for(instruction_set);
+  const RowView view = row_view(student);
+  const int64_t rows = view.rows(), capacity = capacity_of(token_ids, rows), entries = rows * (capacity + 1);
+  const RowArguments arguments = row_arguments(view, std::nullopt, mask, temperature, temperatures);
+  const int32_t* ids = vector_of<int32_t>(token_ids, ScalarType::Int, rows * capacity);
+  sdkernels::reduced_rows(kernels, view, arguments, ids, capacity,
+                          {floats(student_row, entries), floats(tail_max, rows), doubles(tail_log_sum, rows)},
+                          parallel_for);
+  sdkernels::reduced_rows(kernels, view_like(teacher, view), arguments, ids, capacity,
+                          {floats(teacher_row, entries), nullptr, nullptr}, parallel_for);
+}
+
+void reduced_gradient(Tensor student, Tensor token_ids, double temperature, std::optional<Tensor> temperatures,
+                      Tensor tail_max, Tensor tail_log_sum, Tensor upstream, Tensor grad, std::string instruction_set) {
+  const RowView view = row_view(student);
+  const int64_t rows = view.rows(), capacity = capacity_of(token_ids, rows);
+  sdkernels::reduced_gradient(kernels_for(instruction_set), view,
+                              row_arguments(view, std::nullopt, std::nullopt, temperature, temperatures),
+                              vector_of<int32_t>(token_ids, ScalarType::Int, rows * capacity), capacity,
+                              {nullptr, floats(tail_max, rows), doubles(tail_log_sum, rows)},
+                              floats(upstream, rows * (capacity + 1)), view_like(grad, view), parallel_for);
+}
+
+void row_information(Tensor student, Tensor teachers, std::optional<Tensor> mask, double temperature,
+                     std::optional<Tensor> temperatures, Tensor total, Tensor marginal, Tensor information,
+                     std::string instruction_set) {
+  const RowView view = row_view(student);
+  const int64_t rows = view.rows();
+  std::vector<RowView> samples(teachers.size(0), view_like(teachers, view, 1));
+  for (int64_t r = 0; r < teachers.size(0); ++r) samples[r].data += r * teachers.stride(0) * samples[r].element_size();
+  sdkernels::row_information(kernels_for(instruction_set), view, samples,
+                             row_arguments(view, std::nullopt, mask, temperature, temperatures),
+                             {doubles(total, rows), doubles(marginal, rows), doubles(information, rows)}, parallel_for);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sdkernels_cpu, m) {
@@ -252,6 +326,24 @@ STABLE_TORCH_LIBRARY(sdkernels_cpu, m) {
       "Tensor cross, Tensor negentropy, Tensor support_size, Tensor log_sum, Tensor base_log_sum, Tensor max, "
       "Tensor support_max, Tensor base_max, Tensor on_lse, Tensor on_support_lse, Tensor on_tempered_lse, "
       "Tensor on_cross, Tensor(a!) grad, str instruction_set='') -> ()");
+  m.def(
+      "row_divergence(Tensor student, Tensor teacher, Tensor? mask, float temperature, Tensor? temperatures, "
+      "str divergence, float beta, float token_clip, Tensor(a!) value, Tensor(b!) slope, Tensor(c!) log_sum, "
+      "Tensor(d!) teacher_log_sum, Tensor(e!) max, Tensor(f!) teacher_max, str instruction_set='') -> ()");
+  m.def(
+      "divergence_gradient(Tensor student, Tensor teacher, float temperature, Tensor? temperatures, str divergence, "
+      "float beta, float token_clip, Tensor slope, Tensor log_sum, Tensor teacher_log_sum, Tensor max, "
+      "Tensor teacher_max, Tensor upstream, Tensor(a!) grad, str instruction_set='') -> ()");
+  m.def(
+      "reduced_rows(Tensor student, Tensor teacher, Tensor token_ids, Tensor? mask, float temperature, "
+      "Tensor? temperatures, Tensor(a!) student_row, Tensor(b!) teacher_row, Tensor(c!) tail_max, "
+      "Tensor(d!) tail_log_sum, str instruction_set='') -> ()");
+  m.def(
+      "reduced_gradient(Tensor student, Tensor token_ids, float temperature, Tensor? temperatures, Tensor tail_max, "
+      "Tensor tail_log_sum, Tensor upstream, Tensor(a!) grad, str instruction_set='') -> ()");
+  m.def(
+      "row_information(Tensor student, Tensor teachers, Tensor? mask, float temperature, Tensor? temperatures, "
+      "Tensor(a!) total, Tensor(b!) marginal, Tensor(c!) information, str instruction_set='') -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdkernels_cpu, CompositeExplicitAutograd, m) {
@@ -266,4 +358,9 @@ STABLE_TORCH_LIBRARY_IMPL(sdkernels_cpu, CPU, m) {
   m.impl("truncated_gradient", TORCH_BOX(&truncated_gradient));
   m.impl("pair_statistics", TORCH_BOX(&pair_statistics));
   m.impl("pair_gradient", TORCH_BOX(&pair_gradient));
+  m.impl("row_divergence", TORCH_BOX(&row_divergence));
+  m.impl("divergence_gradient", TORCH_BOX(&divergence_gradient));
+  m.impl("reduced_rows", TORCH_BOX(&reduced_rows));
+  m.impl("reduced_gradient", TORCH_BOX(&reduced_gradient));
+  m.impl("row_information", TORCH_BOX(&row_information));
 }

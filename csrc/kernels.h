@@ -6,6 +6,7 @@
 #include "vectors.h"
 #include "rows.h"
 #include "support.h"
+#include "divergence.h"
 
 namespace sdkernels {
 namespace SDK_ISA {
@@ -41,6 +42,10 @@ const Kernels kernels = {
     log_softmax,
     sum_inside,
     support_gradient,
+    divergence_sums,
+    divergence_entries,
+    divergence_gradient,
+    information,
 };
 
 }  // namespace SDK_ISA

@@ -2,6 +2,7 @@
 
 from sdkernels.evidence import EvidenceAdvantage, evidence_weighted_advantage
 from sdkernels.grpo import GRPOLoss, GRPOOutput, grpo_loss
+from sdkernels.opsd import OPSDLoss, OPSDOutput, OPSDTerms, opsd_decomposition, opsd_loss
 from sdkernels.rlsd import (
     RLSDAdvantage,
     RLSDLoss,
@@ -21,6 +22,9 @@ __all__ = [
     "EvidenceAdvantage",
     "GRPOLoss",
     "GRPOOutput",
+    "OPSDLoss",
+    "OPSDOutput",
+    "OPSDTerms",
     "RLSDAdvantage",
     "RLSDLoss",
     "RLSDOutput",
@@ -34,6 +38,8 @@ __all__ = [
     "grpo_loss",
     "lambda_schedule",
     "load_support",
+    "opsd_decomposition",
+    "opsd_loss",
     "rlsd_loss",
     "rlsd_metrics",
     "rlsd_token_advantage",

@@ -46,6 +46,16 @@ def same_logits(name: str, value: Any, like: Tensor) -> None:
         raise ValueError(f"{name} must have the student logits' shape {tuple(like.shape)}, got {tuple(value.shape)}")
 
 
+def samples_of_logits(name: str, value: Any, like: Tensor) -> None:
+    """Constant logits (R, ..., V), R >= 1, on the same device."""
+    logits(name, value)
+    same_device(name, value, like)
+    constant(name, value)
+    if value.dim() != like.dim() + 1 or value.shape[1:] != like.shape or value.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (R, ..., V) with R >= 1 for student logits of shape "
+                         f"{tuple(like.shape)}, got {tuple(value.shape)}")  # fmt: skip
+
+
 def same_device(name: str, value: Tensor, like: Tensor) -> None:
     """Refuse tensors on different devices."""
     if value.device != like.device:
@@ -229,6 +239,14 @@ def unit_interval(name: str, value: Any) -> float:
     number = real(name, value)
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return number
+
+
+def inside_unit_interval(name: str, value: Any) -> float:
+    """A number in (0, 1)."""
+    number = real(name, value)
+    if not 0.0 < number < 1.0:
+        raise ValueError(f"{name} must be in (0, 1), got {value}")
     return number
 
 

@@ -9,6 +9,7 @@ the row loops of sweeps that read nothing else, and elsewhere on fewer 16-byte a
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import subprocess
 import sys
@@ -28,12 +29,18 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from sdkernels.evidence import Weighing
+from sdkernels.opsd import DIVERGENCES
 from sdkernels.rows import (
+    divergence,
+    divergence_gradient,
     evidence,
     gradient,
+    information,
     layout,
     pair,
     pair_gradient,
+    reduced,
+    reduced_gradient,
     statistics,
     support,
     truncated,
@@ -55,6 +62,8 @@ WIDE_ACCESSES = {  # of 16 bytes that a kernel needs for its tile or block of a 
     "upstream sum": (4, 0),
     "truncated gradient": (2, 2),
     "pair gradient": (2, 2),
+    **{f"{kind} gradient": (4, 2) for kind in DIVERGENCES},
+    "reduced gradient": (2, 2),
 }
 HIP_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "sshort": 2, "short": 2,
               "ubyte": 1, "sbyte": 1, "byte": 1}  # fmt: skip
@@ -92,7 +101,8 @@ def cases() -> Iterator[Case]:
     for rows in ("even", "padded", "odd"):
         for options in (False, True):
             for dtype in DTYPES:
-                for op in ("statistics", "gradient", "support", "search", "log softmax", "truncated gradient"):
+                for op in ("statistics", "gradient", "support", "search", "log softmax", "truncated gradient",
+                           "reduced gradient"):  # fmt: skip
                     yield Case(op, dtype, rows, options)
                 yield Case("upstream sum", dtype, rows, options, dtype)
                 yield Case("truncated gradient", dtype, rows, options, dtype)
@@ -101,6 +111,12 @@ def cases() -> Iterator[Case]:
                 for other in dict.fromkeys((None, dtype, torch.float32)):
                     yield Case("pair statistics", dtype, rows, options, other)
                     yield Case("pair gradient", dtype, rows, options, other)
+                for other in dict.fromkeys((dtype, torch.float32)):
+                    for kind in DIVERGENCES:
+                        yield Case(f"{kind} divergence", dtype, rows, options, other)
+                        yield Case(f"{kind} gradient", dtype, rows, options, other)
+                    yield Case("reduced rows", dtype, rows, options, other)
+                    yield Case("information", dtype, rows, options, other)
 
 
 def logits(case: Case, dtype: torch.dtype) -> Tensor:
@@ -147,6 +163,22 @@ def launch(case: Case) -> None:
     elif case.op == "pair gradient":
         arguments = (pair_support, pair_results, (doubles,) * 4, result)
         pair_gradient._launch(rows, other, 0.7, temperatures, *arguments)
+    elif case.op.split()[0] in DIVERGENCES:
+        options = (case.op.split()[0], 0.3, 0.05 if case.options else math.inf)
+        if case.op.endswith("divergence"):
+            divergence._launch(rows, other, mask, 0.7, temperatures, *options, (*(doubles,) * 4, values, values))
+        else:
+            saved = (*(doubles,) * 3, values, values)
+            divergence_gradient._launch(rows, other, 0.7, temperatures, options, saved, doubles, result)
+    elif case.op == "reduced rows":
+        reduced_row = torch.zeros(TOKENS, support.LISTED + 1)
+        arguments = (mask, 0.7, temperatures, (reduced_row, reduced_row, values, doubles))
+        reduced._launch(rows, other, found.token_ids, case.options, *arguments)
+    elif case.op == "reduced gradient":
+        upstream = torch.zeros(TOKENS, support.LISTED + 1)
+        reduced_gradient._launch(rows, found.token_ids, 0.7, temperatures, (values, doubles), upstream, result)
+    elif case.op == "information":
+        information._launch(rows, torch.stack([other] * 2), mask, 0.7, temperatures, (doubles,) * 3)
 
 
 def launched_by(case: Case) -> tuple[JITFunction, tuple, dict]:
@@ -240,11 +272,7 @@ def faults(case: Case, report: Report) -> list[str]:
         if set(report.loop_loads) != {16}:
             found.append(f"loads of {sorted(report.loop_loads)} bytes in the row loop, 16 wanted")
         return found
-    if case.op in (
-        "support",
-        "search",
-        "pair statistics",
-    ):  # wider, their many lanes of sums and predicates would spill
+    if case.op not in WIDE_ACCESSES:  # wider, the many lanes of sums and predicates of some would spill
         if not report.loads[8] + report.loads[16]:
             found.append("no loads of 8 bytes")
         return found

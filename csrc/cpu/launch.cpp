@@ -83,6 +83,13 @@ void set_element(const RowView& view, int64_t row, int64_t column, float value) 
   }
 }
 
+Statistics statistics_of(const Kernels& kernels, const RowView& logits, int64_t row, float scale) {
+  Statistics total;
+  for (int64_t split = 0; split * kSplit < logits.vocab; ++split)
+    total = merge(total, split_statistics(kernels, logits, row, split, scale), scale);
+  return total;
+}
+
 float scale(double temperature) { return static_cast<float>(std::clamp(kLog2E / temperature, 1e-37, 3e38)); }
 
 int64_t grain(const RowView& logits) { return kThreadWork / std::min(logits.vocab, kThreadWork); }
@@ -132,12 +139,8 @@ void row_statistics(const Kernels& kernels, const RowView& logits, const RowArgu
 
   if (count >= 4 * threads) {
     parallel_for(count, grain(logits), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        Statistics total;
-        for (int64_t split = 0; split < splits; ++split)
-          total = merge(total, split_statistics(kernels, logits, kept[i], split, scale_of(kept[i])), scale_of(kept[i]));
-        finish_row(logits, arguments, kept[i], total, results);
-      }
+      for (int64_t i = begin; i < end; ++i)
+        finish_row(logits, arguments, kept[i], statistics_of(kernels, logits, kept[i], scale_of(kept[i])), results);
     });
     return;
   }

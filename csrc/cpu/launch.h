@@ -74,6 +74,9 @@ float scale(double temperature);
 // How many rows are worth a thread.
 int64_t grain(const RowView& logits);
 
+// Of a whole row, in parts whose boundaries are always the same.
+Statistics statistics_of(const Kernels& kernels, const RowView& logits, int64_t row, float scale);
+
 float element(const RowView& view, int64_t row, int64_t column);
 void set_element(const RowView& view, int64_t row, int64_t column, float value);
 
@@ -122,6 +125,26 @@ struct PairUpstream {
   const double *on_lse, *on_support_lse, *on_tempered_lse, *on_cross;
 };
 
+struct DivergenceOptions {
+  Divergence divergence;
+  double beta, token_clip;
+};
+
+struct DivergenceResults {
+  double *divergence, *slope, *log_sum, *teacher_log_sum;
+  float *max, *teacher_max;
+};
+
+struct ReducedRow {  // `capacity` + 1 entries a row; the tail's maximum and log sum may be null
+  float* entries;
+  float* tail_max;
+  double* tail_log_sum;
+};
+
+struct InformationResults {
+  double *total, *marginal, *information;
+};
+
 // The names of the instruction sets that this processor can run, best first.
 std::string instruction_sets();
 
@@ -142,5 +165,17 @@ void pair_statistics(const Kernels&, const RowView& student, const RowArguments&
                      const ParallelFor&);
 void pair_gradient(const Kernels&, const RowView& student, const RowArguments&, const Pair&, const PairResults& saved,
                    const PairUpstream&, const RowView& grad, const ParallelFor&);
+void row_divergence(const Kernels&, const RowView& student, const RowView& teacher, const RowArguments&,
+                    const DivergenceOptions&, const DivergenceResults&, const ParallelFor&);
+void divergence_gradient(const Kernels&, const RowView& student, const RowView& teacher, const RowArguments&,
+                         const DivergenceOptions&, const DivergenceResults& saved, const double* upstream,
+                         const RowView& grad, const ParallelFor&);
+void reduced_rows(const Kernels&, const RowView& logits, const RowArguments&, const int32_t* token_ids,
+                  int64_t capacity, const ReducedRow&, const ParallelFor&);
+void reduced_gradient(const Kernels&, const RowView& student, const RowArguments&, const int32_t* token_ids,
+                      int64_t capacity, const ReducedRow& saved, const float* upstream, const RowView& grad,
+                      const ParallelFor&);
+void row_information(const Kernels&, const RowView& student, const std::vector<RowView>& teachers, const RowArguments&,
+                     const InformationResults&, const ParallelFor&);
 
 }  // namespace sdkernels

@@ -13,15 +13,6 @@ PairScales scales(const RowArguments& arguments, const Pair& pair, int64_t row) 
   return {scale(1.0), scale(arguments.temperature_of(row)), pair.threshold ? pair.threshold[row] : kLowest};
 }
 
-Statistics student_statistics(const Kernels& kernels, const RowView& student, int64_t row) {
-  Statistics total;
-  for (int64_t begin = 0; begin < student.vocab; begin += kSplit) {
-    const int64_t count = std::min(kSplit, student.vocab - begin);
-    total = merge(total, kernels.rows[student.dtype].statistics(student.at(row, begin), count, scale(1.0)), scale(1.0));
-  }
-  return total;
-}
-
 bool is_listed(const Pair& pair, int64_t place) {
   return pair.token_ids[place] >= 0 && pair.log_probs[place] != -HUGE_VALF;
 }
@@ -33,7 +24,7 @@ double listed_logit(const RowView& student, int64_t row, int64_t id) {
 
 PairStatistics listed_statistics(const Kernels& kernels, const RowView& student, const Pair& pair, double temperature,
                                  int64_t row) {
-  const Statistics over_row = student_statistics(kernels, student, row);
+  const Statistics over_row = statistics_of(kernels, student, row, scale(1.0));
   PairStatistics r;
   r.max = over_row.max;
   r.sum = over_row.sum;

@@ -164,6 +164,54 @@ struct SupportCoefficients {
   float threshold, max, inverse, log_sum, scale, log2_sum, slope, entropy_slope;
 };
 
+// Of two rows of logits z and z': maxima, the sums of e = 2^y and of 2^y', and that of e (y' - y), with y = (z - max)
+// scale and y' alike.
+struct DivergenceSums {
+  float max = kLowest, other_max = kLowest;
+  double sum = 0.0, other_sum = 0.0, cross = 0.0;
+  bool impossible = false;  // z' is -inf where z is not: cross is then -inf, and has no part of it here
+};
+
+inline DivergenceSums merge(const DivergenceSums& a, const DivergenceSums& b, double scale) {
+  DivergenceSums r;
+  r.max = a.max > b.max ? a.max : b.max;
+  r.other_max = a.other_max > b.other_max ? a.other_max : b.other_max;
+  for (const DivergenceSums* part : {&a, &b}) {
+    const double shift = (double(part->max) - r.max) * scale,
+                 other_shift = (double(part->other_max) - r.other_max) * scale;
+    const double factor = shift > kFloor ? std::exp2(shift) : 0.0;  // so small a probability is 0
+    r.sum += part->sum * factor;
+    if (factor > 0.0) r.cross += (part->cross + (other_shift - shift) * part->sum) * factor;
+    r.other_sum += part->other_sum * std::exp2(std::fmax(other_shift, kFloor));
+    r.impossible |= part->impossible;
+  }
+  return r;
+}
+
+enum Divergence { kForwardKL, kReverseKL, kJSD };
+
+// log2 P = (z - max) scale - log2_sum of student and teacher, and what a divergence makes of them.
+struct DivergenceCoefficients {
+  Divergence divergence;
+  float scale, max, log2_sum, other_max, other_log2_sum;
+  float beta, rest;               // of the JSD: beta and 1 - beta
+  float clip;                     // of an entry l, inf for none
+  float slope = 0.0f, on = 0.0f;  // grad_v = on (dl_v / dlog P_v - slope P_v)
+};
+
+struct EntrySums {
+  double value = 0.0, slope = 0.0;  // of clipped entries l and of dl / dlog P
+};
+
+// Means over `samples` rows of teachers q_r: sums of q_r log(q_r / p), q log(q / p) and q_r log(q_r / q), in nats.
+struct InformationSums {
+  double total = 0.0, marginal = 0.0, information = 0.0;
+};
+
+struct LogSoftmax {
+  float max, log2_sum;
+};
+
 enum Dtype { kFloat32, kBFloat16, kFloat16 };
 
 struct RowKernels {  // of one dtype
@@ -183,6 +231,13 @@ struct Kernels {
   double (*sum_inside)(const float* logits, const float* upstream, int64_t count, float threshold);
   void (*support_gradient)(const float* logits, const float* upstream, float* grad, int64_t count,
                            const SupportCoefficients&);
+  DivergenceSums (*divergence_sums)(const float* row, const float* other, int64_t count, float scale);
+  EntrySums (*divergence_entries)(const float* student, const float* teacher, int64_t count,
+                                  const DivergenceCoefficients&);
+  void (*divergence_gradient)(const float* student, const float* teacher, float* grad, int64_t count,
+                              const DivergenceCoefficients&);
+  InformationSums (*information)(const float* student, const LogSoftmax&, const float* const* teachers,
+                                 const LogSoftmax* softmaxes, int64_t samples, int64_t count, float scale);
 };
 
 constexpr int64_t kBlock = 4096;  // logits that stay in L1 while several loops read them

@@ -10,7 +10,7 @@ from torch import Tensor
 from sdkernels.rows.layout import RowSupport, at_tokens, kept_tokens
 
 
-def _scaled(logits: Tensor, temperature: float, temperatures: Tensor | None) -> tuple[Tensor, Tensor | float]:
+def scaled(logits: Tensor, temperature: float, temperatures: Tensor | None) -> tuple[Tensor, Tensor | float]:
     """Logits in the arithmetic's dtype, and the temperature as a column."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperatures is None:
@@ -18,7 +18,7 @@ def _scaled(logits: Tensor, temperature: float, temperatures: Tensor | None) -> 
     return z, at_tokens(temperatures.to(z.dtype), z.shape[:-1]).unsqueeze(-1)
 
 
-def _row_sum(x: Tensor) -> Tensor:
+def row_sum(x: Tensor) -> Tensor:
     """Sums over V, (..., 1), in an order that neither threads nor the number of rows change."""
     x = torch.nn.functional.pad(x, (0, -x.shape[-1] % 512))
     return x.unflatten(-1, (-1, 512)).sum(-1).sum(-1, keepdim=True)
@@ -28,14 +28,14 @@ def row_statistics(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``sdkernels.rows.statistics.row_statistics``."""
-    z, t = _scaled(logits, temperature, temperatures)
+    z, t = scaled(logits, temperature, temperatures)
     keep, valid = kept_tokens(token_ids, mask), (token_ids >= 0) & (token_ids < z.shape[-1])
     m = z.amax(-1, keepdim=True)
     y = (z - m) / t
-    log_sum = _row_sum(y.exp()).log()
+    log_sum = row_sum(y.exp()).log()
     log_p = y - log_sum
     log_prob = log_p.gather(-1, token_ids.long().where(valid, 0).unsqueeze(-1))
-    entropy = -_row_sum((log_p.exp() * log_p).masked_fill(log_p == -torch.inf, 0))[..., 0]
+    entropy = -row_sum((log_p.exp() * log_p).masked_fill(log_p == -torch.inf, 0))[..., 0]
     nan = torch.where(valid, 0.0, torch.nan)
     results = (log_prob[..., 0] + nan, entropy + nan, m[..., 0], log_sum[..., 0] + nan)
     log_prob, *others = (torch.where(keep, x, 0).to(z.dtype) for x in results)
@@ -56,7 +56,7 @@ def row_gradient(
     grad_entropy: Tensor | None,
 ) -> Tensor:
     """See ``sdkernels.rows.gradient.row_gradient``."""
-    z, t = _scaled(logits, temperature, temperatures)
+    z, t = scaled(logits, temperature, temperatures)
     log_p = (z - max.unsqueeze(-1)) / t - log_sum.unsqueeze(-1)
     p = log_p.exp()
     onehot = torch.zeros_like(z).scatter_(-1, token_ids.long().clamp(0, z.shape[-1] - 1).unsqueeze(-1), 1)
@@ -78,7 +78,7 @@ def row_support(
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``sdkernels.rows.support.row_support``: by a sort, and sums in float64."""
-    z, t = _scaled(logits.double(), temperature, temperatures)
+    z, t = scaled(logits.double(), temperature, temperatures)
     keep = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if mask is None else mask
     ordered, ids = z.sort(dim=-1, descending=True, stable=True)
     m = ordered[..., :1]
@@ -96,9 +96,9 @@ def row_support(
     threshold = _rounded_up(threshold.where(m.isfinite(), torch.nan), dtype)
     support = ordered >= threshold
     y = ((ordered - m) / t).where(support, -torch.inf)
-    log_sum = _row_sum(y.exp()).log().where(m.isfinite(), torch.nan)
+    log_sum = row_sum(y.exp()).log().where(m.isfinite(), torch.nan)
     log_q = y - log_sum
-    entropy = -_row_sum((log_q.exp() * log_q).masked_fill(log_q == -torch.inf, 0))
+    entropy = -row_sum((log_q.exp() * log_q).masked_fill(log_q == -torch.inf, 0))
     fields = (threshold[..., 0], support.sum(-1), m[..., 0], log_sum[..., 0], entropy[..., 0])
     listed = support & keep.unsqueeze(-1)
     token_ids, log_q = (
@@ -125,7 +125,7 @@ def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _log_q(logits: Tensor, temperature: float, temperatures: Tensor | None, support: RowSupport) -> Tensor:
     """log q (..., V), -inf outside S, NaN in rows without a distribution; of the lists where rows are listed."""
-    z, t = _scaled(logits, temperature, temperatures)
+    z, t = scaled(logits, temperature, temperatures)
     threshold, size, m, log_sum = (x.unsqueeze(-1) for x in support[:4])
     log_q = ((z - m) / t - log_sum).to(z.dtype).where(z >= threshold, -torch.inf)
     listed = size <= support.token_ids.shape[-1]
@@ -164,11 +164,11 @@ def truncated_gradient(
     if label_ids is not None and on_label is not None:
         grad = grad.scatter(-1, label_ids.long().clamp(0, log_q.shape[-1] - 1).unsqueeze(-1), on_label.unsqueeze(-1))
     grad = grad.where(inside, 0)
-    grad = grad - log_q.exp() * _row_sum(grad)
+    grad = grad - log_q.exp() * row_sum(grad)
     if on_entropy is not None:
         surprise = log_q.exp() * (log_q + support.entropy.unsqueeze(-1))
         grad = grad - on_entropy.unsqueeze(-1) * surprise.where(inside, 0)
-    t = _scaled(logits, temperature, temperatures)[1]
+    t = scaled(logits, temperature, temperatures)[1]
     exists = (support.size > 0) | support.log_sum.isnan()
     return torch.where(exists.unsqueeze(-1), grad / t, 0).to(logits.dtype)
 
@@ -185,18 +185,18 @@ def pair_statistics(
     log_probs: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """See ``sdkernels.rows.pair.pair_statistics``."""
-    z, t = _scaled(student.double(), temperature, temperatures)
+    z, t = scaled(student.double(), temperature, temperatures)
     keep = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if mask is None else mask
     log_q, base_max, base_log_sum = _base_log_q(z, base, t, threshold, token_ids, log_probs)
     inside = log_q != -torch.inf
     m, support_m = z.amax(-1, keepdim=True), z.where(inside, -torch.inf).amax(-1, keepdim=True)
     support_m = support_m.clamp(min=torch.finfo(torch.float64).min)
-    log_sum = _row_sum((z - m).exp()).log()
+    log_sum = row_sum((z - m).exp()).log()
     y = (z - support_m).where(inside, -torch.inf)
-    support_lse = _row_sum(y.exp()).log()
-    tempered_lse = _row_sum((y / t).exp()).log() * t
+    support_lse = row_sum(y.exp()).log()
+    tempered_lse = row_sum((y / t).exp()).log() * t
     q = log_q.exp()
-    cross, negentropy = (_row_sum((q * x).where(q != 0, 0)) for x in (y, log_q))
+    cross, negentropy = (row_sum((q * x).where(q != 0, 0)) for x in (y, log_q))
     valid = inside.any(-1, keepdim=True) & m.isfinite() & ~log_q.isnan().any(-1, keepdim=True)
     lse = m - support_m + log_sum
     sums = [x.where(valid, torch.nan) for x in (lse, support_lse, tempered_lse, cross, negentropy, log_sum)]
@@ -220,7 +220,7 @@ def pair_gradient(
     upstream: tuple[Tensor, ...],
 ) -> Tensor:
     """See ``sdkernels.rows.pair.pair_gradient``."""
-    z, t = _scaled(student.double(), temperature, temperatures)
+    z, t = scaled(student.double(), temperature, temperatures)
     log_q = _base_log_q(z, base, t, threshold, token_ids, log_probs)[0]
     support_lse, tempered_lse, log_sum, m, support_m = (statistics[i].unsqueeze(-1) for i in (1, 2, 6, 8, 9))
     y = (z - support_m).where(log_q != -torch.inf, -torch.inf)
@@ -246,5 +246,5 @@ def _base_log_q(
     m = b.amax(-1, keepdim=True)
     inside = b > -torch.inf if threshold is None else b >= threshold.unsqueeze(-1)
     y = ((b - m) / t).where(inside, -torch.inf)
-    log_sum = _row_sum(y.exp()).log()
+    log_sum = row_sum(y.exp()).log()
     return y - log_sum, m, log_sum

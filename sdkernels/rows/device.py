@@ -25,6 +25,7 @@ def jit(function: Callable | None = None, **options: Any) -> Any:
 
 if triton:
     LOG2E = tl.constexpr(1.4426950408889634)
+    LN2 = tl.constexpr(0.6931471805599453)
     LOWEST = tl.constexpr(-3.402823466e38)  # the maximum of no logits: below every finite one
     FLOOR = tl.constexpr(-200.0)  # 2^y is 0 below: stands for -inf where 0 multiplies it
     FIXED_POINT = tl.constexpr(float(1 << 40))
@@ -158,6 +159,52 @@ def sweep(row_ptr, vocab, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
     t = tl.zeros((LANES,), tl.float32)
     state = walk(row_ptr, None, vocab, (m, s, t), scale, fold_statistics, DEPTH, LANES)
     return add_statistics(state, scale)
+
+
+@jit
+def moved(cross, s, step, factor):
+    """Sums of e x and of e when x moves by `step` and e by `factor`; a sum of -inf stays."""
+    new = tl.where(factor == 0, 0.0, (cross + tl.where(s == 0, 0.0, step * s)) * factor)
+    return tl.where(cross == float("-inf"), cross, new)
+
+
+@jit
+def relative(log2_p, log2_q):
+    """p log(p / q): 0 where p is 0, +inf where only q is; p may underflow, log2 p tells."""
+    p = tl.exp2(log2_p)
+    value = tl.where(p == 0, 0.0, p * (log2_p - log2_q) * LN2)
+    return tl.where((log2_q == float("-inf")) & (log2_p > float("-inf")), float("inf"), value)
+
+
+@jit
+def shares(beta):
+    """beta and 1 - beta, float32."""
+    beta = tl.zeros((), tl.float64) + beta
+    return beta.to(tl.float32), (1 - beta).to(tl.float32)
+
+
+@jit
+def divergence_entry(log2_p, log2_q, beta, DIVERGENCE: tl.constexpr):
+    """A token's part l of D = sum l, from log2 P_S and log2 P_T, and dl / dlog P_S; `beta` is what `shares` returns.
+
+    Of the JSD with M relative to the larger of both: log2 of that is between log2 of beta or 1 - beta and 0.
+    """
+    if DIVERGENCE == "jsd":
+        floor_p, floor_q = tl.maximum(log2_p, FLOOR), tl.maximum(log2_q, FLOOR)
+        gap = floor_q - floor_p
+        ratio = tl.exp2(-tl.abs(gap))
+        larger = tl.exp2(tl.maximum(floor_p, floor_q))
+        p, q = tl.where(gap > 0, ratio, 1.0), tl.where(gap > 0, 1.0, ratio)
+        log2_m = tl.log2(beta[0] * q + beta[1] * p)
+        slope = -beta[1] * LN2 * larger * p * (tl.maximum(gap, 0.0) + log2_m)
+        value = slope + beta[0] * LN2 * larger * q * (tl.minimum(gap, 0.0) - log2_m)
+    elif DIVERGENCE == "forward_kl":
+        slope = -tl.exp2(log2_q)
+        value = relative(log2_q, log2_p)
+    else:
+        value = relative(log2_p, log2_q)
+        slope = value + tl.exp2(log2_p)
+    return value, slope
 
 
 @jit

@@ -34,13 +34,14 @@ class RowSupport(NamedTuple):
     log_probs: Tensor  # (..., C) their log q; -inf there
 
 
-def as_rows(logits: Tensor) -> Tensor:
+def as_rows(logits: Tensor, samples: bool = False) -> Tensor:
     """A view that the row operations read through its strides: at most three leading dimensions, adjacent vocabulary.
 
-    Only a vocabulary stride other than 1, or more leading dimensions than three that do not merge, cost a copy.
+    ``samples`` says that one more dimension comes before them. Only a vocabulary stride other than 1, or more leading
+    dimensions than three that do not merge, cost a copy.
     """
-    if logits.dim() > 4:
-        logits = logits.flatten(0, -4)
+    if logits.dim() > 4 + samples:
+        logits = logits.flatten(int(samples), -4)
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
@@ -104,7 +105,7 @@ def unspecialised(*views: str) -> dict[str, list[str]]:
     """Options of `jit`: sizes, strides of views by the prefixes of their names, and addresses that make nothing new."""
     strides = [f"{view}stride{i}" for view in views for i in range(3)]
     return {
-        "do_not_specialize": ["size1", "size2", *strides, *SPANS, "capacity", "top_k"],
+        "do_not_specialize": ["size1", "size2", *strides, *SPANS, "capacity", "top_k", "samples", "sample_stride"],
         "do_not_specialize_on_alignment": list(PER_TOKEN),
     }
 

@@ -13,13 +13,6 @@ from sdkernels.rows.pair_gradient import LIST_LANES, pair_gradient
 
 
 @jit
-def _moved(cross, base_s, step, factor):
-    """Sums of e (z - m) when m moves by -`step` and the base's maximum makes e smaller; -inf stays."""
-    moved = tl.where(factor == 0, 0.0, (cross + tl.where(base_s == 0, 0.0, step * base_s)) * factor)
-    return tl.where(cross == float("-inf"), cross, moved)
-
-
-@jit
 def _fold_support(state, z, base, scales):
     """Tiles of logits on S, of the student and, -inf outside S, of the base, into lanes of running sums.
 
@@ -46,7 +39,7 @@ def _fold_support(state, z, base, scales):
         new_base_m,
         base_s * factor + tl.sum(e, 0),
         (base_t + shift * base_s) * factor + tl.sum(e * tl.maximum(y, device.FLOOR), 0),
-        _moved(cross, base_s, m - new_m, factor) + tl.sum(crossed, 0),
+        device.moved(cross, base_s, m - new_m, factor) + tl.sum(crossed, 0),
         size + tl.sum(inside.to(tl.int32), 0),
     )
 
@@ -67,7 +60,7 @@ def _add_support(state, scales):
     row_base_m = tl.max(base_m, 0)
     shift = tl.maximum((base_m - row_base_m) * base_scale, device.FLOOR)
     factor = tl.exp2(shift)
-    moved = _moved(cross, base_s, m - row_m, factor)
+    moved = device.moved(cross, base_s, m - row_m, factor)
     return (
         row_m,
         device.add_lanes(s * tl.exp2((m - row_m) * scale)),

@@ -1,0 +1,253 @@
+// Divergences of student and teacher rows, rows reduced to listed tokens and a tail, and Theorem 1's terms.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "blocks.h"
+
+namespace sdkernels {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr int64_t kSampledBlock = 512;  // columns: those of a few teachers fit L1 together
+
+// Calls body(z, other, begin, count) on each block of two rows.
+template <class Body>
+void for_blocks(const Kernels& kernels, const RowView& logits, const RowView& other, int64_t row, const Body& body) {
+  alignas(64) float buffer[kBlock], other_buffer[kBlock];
+  for (int64_t begin = 0; begin < logits.vocab; begin += kBlock) {
+    const int64_t count = std::min(kBlock, logits.vocab - begin);
+    body(read_block(kernels, logits, row, begin, count, -HUGE_VALF, buffer),
+         read_block(kernels, other, row, begin, count, -HUGE_VALF, other_buffer), begin, count);
+  }
+}
+
+// A maximum adds 1 to its sum, unless every logit is -inf or one is NaN or inf.
+double log_of_sum(double sum) { return sum >= 0.5 ? std::log(sum) : kNaN; }
+
+DivergenceCoefficients coefficients(const DivergenceOptions& options, double temperature,
+                                    const DivergenceResults& saved, int64_t row) {
+  DivergenceCoefficients c{};
+  c.divergence = options.divergence;
+  c.scale = scale(temperature);
+  c.max = saved.max[row];
+  c.log2_sum = static_cast<float>(kLog2E * saved.log_sum[row]);
+  c.other_max = saved.teacher_max[row];
+  c.other_log2_sum = static_cast<float>(kLog2E * saved.teacher_log_sum[row]);
+  c.beta = static_cast<float>(options.beta);
+  c.rest = static_cast<float>(1.0 - options.beta);
+  c.clip = static_cast<float>(options.token_clip);
+  return c;
+}
+
+void divergence_of_row(const Kernels& kernels, const RowView& student, const RowView& teacher, double temperature,
+                       const DivergenceOptions& options, const DivergenceResults& results, int64_t row) {
+  const bool forward = options.divergence == kForwardKL;
+  DivergenceSums sums;  // of the row that weighs, the teacher's in the forward KL, and of the other
+  for_blocks(kernels, forward ? teacher : student, forward ? student : teacher, row,
+             [&](const float* z, const float* other, int64_t, int64_t count) {
+               sums = merge(sums, kernels.divergence_sums(z, other, padded(count), scale(temperature)),
+                            scale(temperature));
+             });
+  const double log_sum = log_of_sum(sums.sum), other_log_sum = log_of_sum(sums.other_sum);
+  results.log_sum[row] = forward ? other_log_sum : log_sum;
+  results.teacher_log_sum[row] = forward ? log_sum : other_log_sum;
+  results.max[row] = forward ? sums.other_max : sums.max;
+  results.teacher_max[row] = forward ? sums.max : sums.other_max;
+  if (log_sum != log_sum || other_log_sum != other_log_sum) {
+    for (double* each : {results.divergence, results.slope, results.log_sum, results.teacher_log_sum}) each[row] = kNaN;
+    return;
+  }
+  if (options.divergence == kJSD || std::isfinite(options.token_clip)) {
+    const DivergenceCoefficients c = coefficients(options, temperature, results, row);
+    EntrySums entries;
+    for_blocks(kernels, student, teacher, row, [&](const float* z, const float* other, int64_t, int64_t count) {
+      const EntrySums part = kernels.divergence_entries(z, other, padded(count), c);
+      entries.value += part.value;
+      entries.slope += part.slope;
+    });
+    results.divergence[row] = entries.value;
+    results.slope[row] = entries.slope;
+    return;
+  }
+  const double divergence = sums.impossible ? HUGE_VAL : other_log_sum - log_sum - sums.cross / (kLog2E * sums.sum);
+  results.divergence[row] = divergence;
+  results.slope[row] = forward ? -1.0 : divergence == HUGE_VAL ? kNaN : divergence + 1.0;
+}
+
+// Of the tokens that are not listed.
+Statistics tail_statistics(const Kernels& kernels, const RowView& logits, double temperature,
+                           const std::vector<int32_t>& sorted_ids, int64_t row) {
+  alignas(64) float buffer[kBlock];
+  Statistics total;
+  auto id = sorted_ids.begin();
+  for (int64_t begin = 0; begin < logits.vocab; begin += kBlock) {
+    const int64_t count = std::min(kBlock, logits.vocab - begin);
+    const float* block = read_block(kernels, logits, row, begin, count, -HUGE_VALF, buffer);
+    if (block != buffer) std::memcpy(buffer, block, count * sizeof(float));
+    for (; id != sorted_ids.end() && *id < begin + count; ++id)
+      if (*id >= begin) buffer[*id - begin] = -HUGE_VALF;
+    const float by = scale(temperature);
+    total = merge(total, kernels.rows[kFloat32].statistics(buffer, count, by), by);
+  }
+  return total;
+}
+
+void reduce_row(const Kernels& kernels, const RowView& logits, double temperature, const int32_t* token_ids,
+                int64_t capacity, const ReducedRow& results, int64_t row) {
+  const int32_t* ids = token_ids + row * capacity;
+  std::vector<int32_t> sorted(ids, ids + capacity);
+  std::sort(sorted.begin(), sorted.end());
+  const Statistics tail = tail_statistics(kernels, logits, temperature, sorted, row);
+  const bool valid = tail.sum == tail.sum;
+  const double log_sum = !valid ? kNaN : tail.sum >= 0.5 ? std::log(tail.sum) : -HUGE_VAL;
+  auto listed = [&](int64_t i) {
+    return 0 <= ids[i] && ids[i] < logits.vocab ? double(element(logits, row, ids[i])) : kNaN;
+  };
+  double top = tail.max;
+  for (int64_t i = 0; i < capacity; ++i) top = std::fmax(top, listed(i));
+  float* entries = results.entries + row * (capacity + 1);
+  for (int64_t i = 0; i < capacity; ++i)
+    entries[i] = static_cast<float>(valid ? (listed(i) - top) / temperature : kNaN);
+  entries[capacity] = static_cast<float>((tail.max - top) / temperature + log_sum);
+  if (!results.tail_max) return;
+  results.tail_max[row] = tail.max;
+  results.tail_log_sum[row] = log_sum;
+}
+
+void information_of_row(const Kernels& kernels, const RowView& student, const std::vector<RowView>& teachers,
+                        double temperature, const InformationResults& results, int64_t row) {
+  const int64_t samples = teachers.size();
+  const float by = scale(temperature);
+  auto softmax_of = [&](const RowView& logits) -> LogSoftmax {
+    const Statistics found = statistics_of(kernels, logits, row, by);
+    return {found.max, static_cast<float>(kLog2E * log_of_sum(found.sum))};
+  };
+  const LogSoftmax p = softmax_of(student);
+  std::vector<LogSoftmax> softmaxes;
+  bool valid = p.log2_sum == p.log2_sum;
+  for (const RowView& teacher : teachers) {
+    softmaxes.push_back(softmax_of(teacher));
+    valid &= softmaxes.back().log2_sum == softmaxes.back().log2_sum;
+  }
+  InformationSums sums;
+  if (!valid) sums.total = sums.marginal = sums.information = kNaN;
+  std::vector<float> buffers((samples + 1) * kSampledBlock);
+  std::vector<const float*> blocks(samples);
+  for (int64_t begin = 0; valid && begin < student.vocab; begin += kSampledBlock) {
+    const int64_t count = std::min(kSampledBlock, student.vocab - begin);
+    for (int64_t r = 0; r < samples; ++r)
+      blocks[r] = read_block(kernels, teachers[r], row, begin, count, -HUGE_VALF, &buffers[r * kSampledBlock]);
+    const float* z = read_block(kernels, student, row, begin, count, -HUGE_VALF, &buffers[samples * kSampledBlock]);
+    const InformationSums part = kernels.information(z, p, blocks.data(), softmaxes.data(), samples, padded(count), by);
+    sums.total += part.total;
+    sums.marginal += part.marginal;
+    sums.information += part.information;
+  }
+  results.total[row] = sums.total;
+  results.marginal[row] = sums.marginal;
+  results.information[row] = sums.information;
+}
+
+// Calls body(row) on the kept rows, and on the others set_zero(row).
+template <class Body, class Zero>
+void for_kept_rows(const RowView& logits, const RowArguments& arguments, const ParallelFor& parallel_for,
+                   const Body& body, const Zero& set_zero) {
+  std::vector<int64_t> kept;  // masked rows cost nothing, so they must not unbalance the threads
+  for (int64_t row = 0; row < logits.rows(); ++row) {
+    if (arguments.keeps(row))
+      kept.push_back(row);
+    else
+      set_zero(row);
+  }
+  parallel_for(kept.size(), grain(logits), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) body(kept[i]);
+  });
+}
+
+}  // namespace
+
+void row_divergence(const Kernels& kernels, const RowView& student, const RowView& teacher,
+                    const RowArguments& arguments, const DivergenceOptions& options, const DivergenceResults& results,
+                    const ParallelFor& parallel_for) {
+  auto compute = [&](int64_t row) {
+    divergence_of_row(kernels, student, teacher, arguments.temperature_of(row), options, results, row);
+  };
+  for_kept_rows(student, arguments, parallel_for, compute, [&](int64_t row) {
+    for (double* each : {results.divergence, results.slope, results.log_sum, results.teacher_log_sum}) each[row] = 0.0;
+    results.max[row] = results.teacher_max[row] = 0.0f;
+  });
+}
+
+void divergence_gradient(const Kernels& kernels, const RowView& student, const RowView& teacher,
+                         const RowArguments& arguments, const DivergenceOptions& options,
+                         const DivergenceResults& saved, const double* upstream, const RowView& grad,
+                         const ParallelFor& parallel_for) {
+  advise_huge_pages(grad);
+  parallel_for(student.rows(), grain(student), [&](int64_t first, int64_t last) {
+    alignas(64) float g_buffer[kBlock];
+    for (int64_t row = first; row < last; ++row) {
+      if (upstream[row] == 0.0 && saved.log_sum[row] == saved.log_sum[row]) {
+        std::memset(grad.at(row, 0), 0, grad.vocab * grad.element_size());
+        continue;
+      }
+      const double temperature = arguments.temperature_of(row);
+      DivergenceCoefficients c = coefficients(options, temperature, saved, row);
+      c.slope = static_cast<float>(saved.slope[row]);
+      c.on = static_cast<float>(upstream[row] / temperature);
+      for_blocks(kernels, student, teacher, row, [&](const float* z, const float* other, int64_t begin, int64_t count) {
+        float* g = block_target(grad, row, begin, count, g_buffer);
+        kernels.divergence_gradient(z, other, g, padded(count), c);
+        write_block(kernels, grad, row, begin, count, g);
+      });
+    }
+  });
+}
+
+void reduced_rows(const Kernels& kernels, const RowView& logits, const RowArguments& arguments,
+                  const int32_t* token_ids, int64_t capacity, const ReducedRow& results,
+                  const ParallelFor& parallel_for) {
+  auto compute = [&](int64_t row) {
+    reduce_row(kernels, logits, arguments.temperature_of(row), token_ids, capacity, results, row);
+  };
+  for_kept_rows(logits, arguments, parallel_for, compute, [&](int64_t row) {
+    std::fill_n(results.entries + row * (capacity + 1), capacity + 1, 0.0f);
+    if (results.tail_max) results.tail_max[row] = results.tail_log_sum[row] = 0.0f;
+  });
+}
+
+void reduced_gradient(const Kernels& kernels, const RowView& student, const RowArguments& arguments,
+                      const int32_t* token_ids, int64_t capacity, const ReducedRow& saved, const float* upstream,
+                      const RowView& grad, const ParallelFor& parallel_for) {
+  advise_huge_pages(grad);
+  parallel_for(student.rows(), grain(student), [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const double temperature = arguments.temperature_of(row);
+      const float* entries = upstream + row * (capacity + 1);
+      const float on_tail = static_cast<float>(entries[capacity] / temperature);
+      if (on_tail == 0.0f || saved.tail_log_sum[row] == -HUGE_VAL)
+        std::memset(grad.at(row, 0), 0, grad.vocab * grad.element_size());
+      else
+        kernels.rows[student.dtype].gradient(student.at(row, 0), grad.at(row, 0), student.vocab,
+                                             {saved.tail_max[row], scale(temperature),
+                                              static_cast<float>(kLog2E * saved.tail_log_sum[row]), on_tail, 0.0f});
+      for (int64_t i = 0; i < capacity; ++i) {
+        const int64_t id = token_ids[row * capacity + i];
+        if (0 <= id && id < student.vocab) set_element(grad, row, id, static_cast<float>(entries[i] / temperature));
+      }
+    }
+  });
+}
+
+void row_information(const Kernels& kernels, const RowView& student, const std::vector<RowView>& teachers,
+                     const RowArguments& arguments, const InformationResults& results,
+                     const ParallelFor& parallel_for) {
+  auto compute = [&](int64_t row) {
+    information_of_row(kernels, student, teachers, arguments.temperature_of(row), results, row);
+  };
+  for_kept_rows(student, arguments, parallel_for, compute,
+                [&](int64_t row) { results.total[row] = results.marginal[row] = results.information[row] = 0.0; });
+}
+
+}  // namespace sdkernels

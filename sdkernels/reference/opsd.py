@@ -1,0 +1,94 @@
+"""OPSD in plain PyTorch: the divergences and Theorem 1 as they are defined."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sdkernels.opsd import OPSDOutput, OPSDTerms
+from sdkernels.reductions import reduce
+from sdkernels.reference.truncation import temperature_column
+
+
+def opsd_loss(
+    student_logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V)
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    top_k: int | None = None,
+    top_k_from: str = "student",
+    tail: bool = True,
+    token_clip: float | None = None,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> OPSDOutput:
+    """See `sdkernels.opsd_loss`."""
+    shape = student_logits.shape[:-1]
+    keep = torch.ones(shape, dtype=torch.bool, device=student_logits.device) if mask is None else mask != 0
+    student, teacher = (_scaled(x, keep, temperature, cu_seqlens) for x in (student_logits, teacher_logits.detach()))
+    if top_k and top_k < student.shape[-1]:
+        chooser = teacher if top_k_from == "teacher" else student.detach()
+        ids = chooser.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+        student, teacher = (reduced(x, ids, tail) for x in (student, teacher))
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    if divergence == "forward_kl":
+        parts = relative(log_q, log_p)
+    elif divergence == "reverse_kl":
+        parts = relative(log_p, log_q)
+    else:
+        m = beta * log_q.exp() + (1 - beta) * log_p.exp()
+        log_m = m.where(m > 0, 1).log()
+        parts = beta * relative(log_q, log_m) + (1 - beta) * relative(log_p, log_m)
+    values = parts.clamp(max=token_clip).sum(-1) if token_clip is not None else parts.sum(-1)
+    values = torch.where(keep, values, 0)
+    loss = values if token_weight is None else torch.where(keep, values * token_weight, 0)
+    return OPSDOutput(reduce(loss, keep, reduction, normalizer, cu_seqlens).to(values.dtype), values)
+
+
+def opsd_decomposition(
+    student_logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (R, ..., V)
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+) -> OPSDTerms:
+    """See `sdkernels.opsd_decomposition`."""
+    shape = student_logits.shape[:-1]
+    keep = torch.ones(shape, dtype=torch.bool, device=student_logits.device) if mask is None else mask != 0
+    log_p = _scaled(student_logits.detach(), keep, temperature).log_softmax(-1)
+    log_q = torch.stack([_scaled(x, keep, temperature).log_softmax(-1) for x in teacher_logits.detach()])
+    log_mean = log_q.logsumexp(0) - math.log(len(log_q))
+    terms = (relative(log_q, log_p).mean(0), relative(log_mean, log_p), relative(log_q, log_mean).mean(0))
+    return OPSDTerms(*(torch.where(keep, x.sum(-1), 0) for x in terms))
+
+
+def relative(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p (log p - log q), 0 where p is 0."""
+    possible = log_p != -torch.inf
+    log_p = log_p.where(possible, 0)
+    return (log_p.exp() * (log_p - log_q.where(possible, 0))).where(possible, 0)
+
+
+def reduced(y: Tensor, ids: Tensor, tail: bool) -> Tensor:
+    """Logits of the listed tokens (..., k), and of all others together, (..., k + 1)."""
+    listed = y.gather(-1, ids)
+    if not tail:
+        return listed
+    others = y.scatter(-1, ids, -torch.inf)
+    some = (others > -torch.inf).any(-1, keepdim=True)
+    mass = others.where(some, 0).logsumexp(-1, keepdim=True).where(some, -torch.inf)
+    return torch.cat([listed, mass], -1)
+
+
+def _scaled(logits: Tensor, keep: Tensor, temperature: float | Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """logits / T in the arithmetic's dtype, 0 where masked."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = torch.where(keep.unsqueeze(-1), z, 0)
+    return z / temperature_column(temperature, z, cu_seqlens, keep)

@@ -1,0 +1,247 @@
+"""`sdkernels::row_divergence`: a KL of two rows in one sweep over both; the JSD, or with clipped entries, in two."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sdkernels.reference import divergences as reference
+from sdkernels.rows import device, layout
+from sdkernels.rows.device import jit, tl
+from sdkernels.rows.divergence_gradient import divergence_gradient
+from sdkernels.rows.implementations import runs_csrc, runs_triton, serves_both
+
+
+@jit
+def _fold(state, z, other, columns, scale):
+    """Tiles of logits of a row and of another one into lanes of running sums.
+
+    The lanes: the row's maximum m, the sums of e = 2^y and of e (y' - y), y the centred and scaled logit and y' the
+    other row's; the other row's maximum and the sum of 2^y'.
+    """
+    m, s, cross, other_m, other_s = state
+    new_m = tl.maximum(m, tl.max(z, 0))
+    new_other_m = tl.maximum(other_m, tl.max(other, 0))
+    y = (z - new_m[None, :]) * scale
+    other_y = (other - new_other_m[None, :]) * scale
+    e = tl.exp2(y)
+    impossible = (z > float("-inf")) & (other == float("-inf"))
+    crossed = tl.where(impossible, float("-inf"), tl.where(e == 0, 0.0, e * (other_y - y)))
+    m, s, cross, other_m, other_s = _centred((m, s, cross, other_m, other_s), new_m, new_other_m, scale)
+    return m, s + tl.sum(e, 0), cross + tl.sum(crossed, 0), other_m, other_s + tl.sum(tl.exp2(other_y), 0)
+
+
+@jit
+def _centred(state, new_m, new_other_m, scale):
+    """The sums relative to new maxima."""
+    m, s, cross, other_m, other_s = state
+    shift = (m - new_m) * scale
+    other_shift = (other_m - new_other_m) * scale
+    factor = tl.exp2(tl.maximum(shift, device.FLOOR))
+    cross = device.moved(cross, s, other_shift - shift, factor)
+    return new_m, s * factor, cross, new_other_m, other_s * tl.exp2(tl.maximum(other_shift, device.FLOOR))
+
+
+@jit
+def _sweep_pair(row_ptr, other_row, vocab, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """One pass over both rows: their maxima m and sums s, and sum e (y' - y) of the first."""
+    lowest = tl.full((LANES,), device.LOWEST, tl.float32)
+    zeros = tl.zeros((LANES,), tl.float32)
+    state = (lowest, zeros, zeros, lowest, zeros)
+    state = device.walk(row_ptr, other_row, vocab, state, scale, _fold, DEPTH, LANES)
+    row_m, row_other_m = tl.max(state[0], 0), tl.max(state[3], 0)
+    m, s, cross, other_m, other_s = _centred(state, row_m, row_other_m, scale)
+    return m, device.add_lanes(s), tl.sum(cross.to(tl.float64), 0), other_m, device.add_lanes(other_s)
+
+
+@jit
+def _fold_entries(state, z, other, arguments, DIVERGENCE: tl.constexpr):
+    """Tiles of student and teacher logits into lanes of the sums of clipped entries and of their slopes."""
+    values, slopes = state
+    student, teacher, scale, beta, clip = arguments
+    log2_p, log2_q = (z - student[0]) * scale - student[1], (other - teacher[0]) * scale - teacher[1]
+    value, slope = device.divergence_entry(log2_p, log2_q, beta, DIVERGENCE)
+    clipped = value > clip
+    values += tl.sum(tl.where(clipped, clip, value), 0)
+    return values, slopes + tl.sum(tl.where(clipped, 0.0, slope), 0)
+
+
+@jit
+def _fold_forward_kl(state, z, other, columns, arguments):
+    return _fold_entries(state, z, other, arguments, "forward_kl")
+
+
+@jit
+def _fold_reverse_kl(state, z, other, columns, arguments):
+    return _fold_entries(state, z, other, arguments, "reverse_kl")
+
+
+@jit
+def _fold_jsd(state, z, other, columns, arguments):
+    return _fold_entries(state, z, other, arguments, "jsd")
+
+
+@jit
+def _sweep_entries(student_row, teacher_row, vocab, arguments, DIVERGENCE: tl.constexpr, DEPTH: tl.constexpr,
+                   LANES: tl.constexpr):  # fmt: skip
+    """One pass over both rows, whose maxima and log sums are known: sum l and sum dl / dlog P_S."""
+    zeros = tl.zeros((LANES,), tl.float32)
+    state = (zeros, zeros)
+    if DIVERGENCE == "forward_kl":
+        values, slopes = device.walk(student_row, teacher_row, vocab, state, arguments, _fold_forward_kl, DEPTH, LANES)
+    elif DIVERGENCE == "reverse_kl":
+        values, slopes = device.walk(student_row, teacher_row, vocab, state, arguments, _fold_reverse_kl, DEPTH, LANES)
+    else:
+        values, slopes = device.walk(student_row, teacher_row, vocab, state, arguments, _fold_jsd, DEPTH, LANES)
+    return tl.sum(values.to(tl.float64), 0), tl.sum(slopes.to(tl.float64), 0)
+
+
+@jit(**layout.unspecialised("", "teacher_"))
+def _divergence_kernel(
+    student_ptr,  # (N, V) through sizes and strides
+    teacher_ptr,  # (N, V) through sizes and teacher_strides
+    mask_ptr,  # (N,) or None
+    temperatures_ptr,  # (N / span,) or None
+    results,  # those of row_divergence, (N,), 0 at first
+    size1,
+    size2,
+    stride0: tl.int64,
+    stride1: tl.int64,
+    stride2: tl.int64,
+    teacher_stride0: tl.int64,
+    teacher_stride1: tl.int64,
+    teacher_stride2: tl.int64,
+    vocab,
+    span,
+    temperature: tl.float64,
+    beta: tl.float64,
+    clip,
+    DIVERGENCE: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if mask_ptr is not None:
+        if tl.load(mask_ptr + row) == 0:
+            return
+    scale = device.row_scale(device.row_temperature(row, temperature, temperatures_ptr, span))
+    student_row = student_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
+    teacher_row = teacher_ptr + device.row_offset(
+        row, size1, size2, teacher_stride0, teacher_stride1, teacher_stride2, ALIGN
+    )
+    if DIVERGENCE == "forward_kl":
+        teacher_m, teacher_s, cross, m, s = _sweep_pair(teacher_row, student_row, vocab, scale, DEPTH, LANES)
+        value = tl.log(s) - tl.log(teacher_s) - device.LN2 * cross / teacher_s
+        slope = tl.zeros((), tl.float64) - 1
+    else:
+        m, s, cross, teacher_m, teacher_s = _sweep_pair(student_row, teacher_row, vocab, scale, DEPTH, LANES)
+        value = tl.log(teacher_s) - tl.log(s) - device.LN2 * cross / s
+        slope = tl.where(value == float("inf"), float("nan"), value + 1)
+    invalid = tl.where((s > 0) & (teacher_s > 0), 0.0, float("nan"))
+    log_sum, teacher_log_sum = tl.log(s) + invalid, tl.log(teacher_s) + invalid
+    if CLIPPED or DIVERGENCE == "jsd":
+        student = (m, (log_sum * device.LOG2E).to(tl.float32))
+        teacher = (teacher_m, (teacher_log_sum * device.LOG2E).to(tl.float32))
+        arguments = (student, teacher, scale, device.shares(beta), clip)
+        value, slope = _sweep_entries(student_row, teacher_row, vocab, arguments, DIVERGENCE, DEPTH, LANES)
+    tl.store(results[0] + row, value + invalid)
+    tl.store(results[1] + row, slope + invalid)
+    tl.store(results[2] + row, log_sum)
+    tl.store(results[3] + row, teacher_log_sum)
+    tl.store(results[4] + row, m)
+    tl.store(results[5] + row, teacher_m)
+
+
+def _launch(student, teacher, mask, temperature, temperatures, divergence, beta, token_clip, results) -> None:
+    rows = results[0].numel()
+    align = layout.alignment(student, teacher)
+    with layout.on_device(student):
+        _divergence_kernel[(rows,)](
+            student,
+            teacher,
+            mask,
+            temperatures,
+            results,
+            *layout.kernel_sizes(student),
+            *layout.kernel_strides(student, align),
+            *layout.kernel_strides(teacher, align),
+            student.shape[-1],
+            1 if temperatures is None else layout.span(temperatures, rows),
+            temperature,
+            beta,
+            token_clip,
+            DIVERGENCE=divergence,
+            CLIPPED=not math.isinf(token_clip),
+            DEPTH=1,
+            LANES=layout.tile(student)[1],
+            ALIGN=align,
+            **layout.sweep_options(),
+        )
+
+
+@torch.library.custom_op("sdkernels::row_divergence", mutates_args=())
+def row_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    divergence: str,
+    beta: float,
+    token_clip: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """D = sum_v min(l_v, token_clip) of the rows' softmax at T, each (...), and what its gradient needs.
+
+    That is the slope G = sum_v g_v with g_v = dl_v / dlog P_S, 0 where l_v is clipped: the logits' gradient is then
+    (g - G P_S) / T. And the centred log sums of student and teacher, all float64 so far, and their maxima.
+
+    ``student`` and ``teacher`` (..., V) are what ``layout.as_rows`` returns; ``token_clip`` is inf for none.
+    """
+    layout.check_temperatures(temperatures, mask, student)
+    arguments = (student, teacher, mask, temperature, temperatures, divergence, beta, token_clip)
+    by_triton = serves_both(runs_triton, student, teacher)
+    if not (by_triton or serves_both(runs_csrc, student, teacher)):
+        return reference.row_divergence(*arguments)
+    outputs = _empty_results(student)
+    if student.shape[:-1].numel() == 0:
+        return outputs
+    if by_triton:
+        for each in outputs:
+            each.zero_()  # masked rows are left as they are
+        _launch(*arguments, outputs)
+    else:
+        torch.ops.sdkernels_cpu.row_divergence(*arguments, *outputs)
+    return outputs
+
+
+def _empty_results(student: Tensor) -> tuple[Tensor, ...]:
+    dtypes = (*(torch.float64,) * 4, *(torch.promote_types(student.dtype, torch.float32),) * 2)
+    return tuple(torch.empty(student.shape[:-1], dtype=each, device=student.device) for each in dtypes)
+
+
+@row_divergence.register_fake
+def _(student, *arguments):
+    return _empty_results(student)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    student, teacher, mask, ctx.temperature, temperatures, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(student, teacher, mask, temperatures, *output[1:])
+
+
+def _backward(ctx, upstream, *_):
+    student, teacher, mask, temperatures, *statistics = ctx.saved_tensors
+    upstream = upstream.double().contiguous()
+    if mask is not None:
+        upstream = torch.where(mask, upstream, 0)
+    grad = divergence_gradient(student, teacher, ctx.temperature, temperatures, *ctx.options, *statistics, upstream)
+    return grad, *(None,) * 7
+
+
+row_divergence.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,166 @@
+"""`sdkernels::row_information`: what R teacher rows tell a student row, on average, as one, and about each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdkernels.reference import divergences as reference
+from sdkernels.rows import device, layout
+from sdkernels.rows.device import jit, tl
+from sdkernels.rows.implementations import runs_csrc, runs_triton, serves_both
+
+
+@jit
+def _log2_softmax(row_ptr, columns, vocab, m, log2_sum, scale, WHOLE: tl.constexpr):
+    return (device.load_block(row_ptr, columns, vocab, WHOLE) - m) * scale - log2_sum
+
+
+@jit
+def _fold_block(state, student_row, teacher_rows, sums_ptr, columns, vocab, student, arguments, WHOLE: tl.constexpr):
+    """A block of all rows into lanes of the three sums; the teachers are read twice, the second time from a cache."""
+    total, marginal, information = state
+    samples, sample_stride, scale = arguments
+    log2_p = _log2_softmax(student_row, columns, vocab, student[0], student[1], scale, WHOLE)
+    mean = tl.zeros(columns.shape, tl.float32)
+    largest = tl.full(columns.shape, float("-inf"), tl.float32)
+    for r in range(samples):
+        m, log2_sum = tl.load(sums_ptr + 2 * r), tl.load(sums_ptr + 2 * r + 1)
+        log2_q = _log2_softmax(teacher_rows + r * sample_stride, columns, vocab, m, log2_sum, scale, WHOLE)
+        total += device.relative(log2_q, log2_p)
+        mean += tl.exp2(log2_q)
+        largest = tl.maximum(largest, log2_q)
+    mean /= samples
+    # Where the mean underflows its logarithm counts nothing, but whether it is 0 does: the largest tells.
+    log2_mean = tl.where(mean == 0, largest, tl.log2(mean))
+    marginal += device.relative(log2_mean, log2_p)
+    for r in range(samples):
+        m, log2_sum = tl.load(sums_ptr + 2 * r), tl.load(sums_ptr + 2 * r + 1)
+        log2_q = _log2_softmax(teacher_rows + r * sample_stride, columns, vocab, m, log2_sum, scale, WHOLE)
+        information += device.relative(log2_q, log2_mean)
+    return total, marginal, information
+
+
+@jit(**layout.unspecialised("", "teacher_"))
+def _information_kernel(
+    student_ptr,  # (N, V) through sizes and strides
+    teachers_ptr,  # (samples, N, V) through sample_stride, sizes and teacher_strides
+    mask_ptr,  # (N,) or None
+    temperatures_ptr,  # (N / span,) or None
+    sums_ptr,  # (N, samples, 2) float32
+    results,  # those of row_information, (N,), 0 at first
+    samples,
+    sample_stride: tl.int64,
+    size1,
+    size2,
+    stride0: tl.int64,
+    stride1: tl.int64,
+    stride2: tl.int64,
+    teacher_stride0: tl.int64,
+    teacher_stride1: tl.int64,
+    teacher_stride2: tl.int64,
+    vocab,
+    span,
+    temperature: tl.float64,
+    DEPTH: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if mask_ptr is not None:
+        if tl.load(mask_ptr + row) == 0:
+            return
+    scale = device.row_scale(device.row_temperature(row, temperature, temperatures_ptr, span))
+    student_row = student_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
+    teacher_rows = teachers_ptr + device.row_offset(
+        row, size1, size2, teacher_stride0, teacher_stride1, teacher_stride2, ALIGN
+    )
+    row_sums = sums_ptr + row * samples * 2
+    sample_stride = sample_stride * ALIGN
+    m, s, _ = device.sweep(student_row, vocab, scale, DEPTH, LANES)
+    invalid = tl.where(s > 0, 0.0, float("nan"))
+    for r in range(samples):
+        teacher_m, teacher_s, _ = device.sweep(teacher_rows + r * sample_stride, vocab, scale, DEPTH, LANES)
+        invalid += tl.where(teacher_s > 0, 0.0, float("nan"))
+        tl.store(row_sums + 2 * r, teacher_m)
+        tl.store(row_sums + 2 * r + 1, (tl.log(teacher_s) * device.LOG2E).to(tl.float32))
+    tl.debug_barrier()  # each thread reads what one has written
+    student = (m, (tl.log(s) * device.LOG2E).to(tl.float32))
+    arguments = (samples, sample_stride, scale)
+    lanes = tl.arange(0, LANES)
+    zeros = tl.zeros((LANES,), tl.float32)
+    state = (zeros, zeros, zeros)
+    whole = vocab // LANES * LANES
+    for start in range(0, whole, LANES):
+        state = _fold_block(state, student_row, teacher_rows, row_sums, start + lanes, vocab, student, arguments, True)
+    if whole < vocab:
+        state = _fold_block(state, student_row, teacher_rows, row_sums, whole + lanes, vocab, student, arguments, False)
+    tl.store(results[0] + row, tl.sum(state[0].to(tl.float64), 0) / samples + invalid)
+    tl.store(results[1] + row, tl.sum(state[1].to(tl.float64), 0) + invalid)
+    tl.store(results[2] + row, tl.sum(state[2].to(tl.float64), 0) / samples + invalid)
+
+
+def _launch(student, teachers, mask, temperature, temperatures, results) -> None:
+    rows, samples = results[0].numel(), teachers.shape[0]
+    align = layout.alignment(student, teachers)
+    depth, lanes = layout.tile(teachers)
+    with layout.on_device(student):
+        _information_kernel[(rows,)](
+            student,
+            teachers,
+            mask,
+            temperatures,
+            torch.empty((rows, samples, 2), dtype=torch.float32, device=student.device),
+            results,
+            samples,
+            teachers.stride(0) // align,
+            *layout.kernel_sizes(student),
+            *layout.kernel_strides(student, align),
+            *layout.kernel_strides(teachers[0], align),
+            student.shape[-1],
+            1 if temperatures is None else layout.span(temperatures, rows),
+            temperature,
+            DEPTH=depth,
+            LANES=lanes,
+            ALIGN=align,
+            **layout.sweep_options(),
+        )
+
+
+@torch.library.custom_op("sdkernels::row_information", mutates_args=())
+def row_information(
+    student: Tensor,
+    teachers: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mean_r KL(q_r || p), KL(q || p) and mean_r KL(q_r || q), q the mean of the R distributions q_r, (...) float64.
+
+    ``student`` (..., V) and ``teachers`` (R, ..., V) are what ``layout.as_rows`` returns.
+    """
+    layout.check_temperatures(temperatures, mask, student)
+    arguments = (student, teachers, mask, temperature, temperatures)
+    by_triton = serves_both(runs_triton, student, teachers)
+    if not (by_triton or serves_both(runs_csrc, student, teachers)):
+        return reference.row_information(*arguments)
+    outputs = _empty_results(student)
+    if student.shape[:-1].numel() == 0:
+        return outputs
+    if by_triton:
+        for each in outputs:
+            each.zero_()  # masked rows are left as they are
+        _launch(*arguments, outputs)
+    else:
+        torch.ops.sdkernels_cpu.row_information(*arguments, *outputs)
+    return outputs
+
+
+def _empty_results(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (torch.empty(student.shape[:-1], dtype=torch.float64, device=student.device) for _ in "123")
+    return first, second, third
+
+
+@row_information.register_fake
+def _(student, *arguments):
+    return _empty_results(student)
