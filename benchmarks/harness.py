@@ -18,6 +18,7 @@ from benchmarks.inputs import Inputs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORDED = "recorded rollouts"
 Numbers = dict[str, dict[str, float]]  # a benchmark's own, by input
+Tables = dict[str, list[runner.Measurement]]  # by the input's title
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Benchmark:
     tokens: tuple[int, int]  # default on a CPU, on a GPU
     example: str  # of --only
     packages: tuple[str, ...]  # whose versions the header names
+    conclude: Callable[[report.Screen, torch.device, Tables], None] | None = None  # what is shown last
 
     def parse_arguments(self) -> argparse.Namespace:
         """The command line."""
@@ -141,7 +143,7 @@ class Benchmark:
         steps = {name: 2 * len(of_input) * (1 if name == RECORDED else len(arguments.dtype))
                  for name, of_input in cases.items()}  # fmt: skip
         numbers: Numbers = {}
-        tables: dict[str, list[runner.Measurement]] = {}
+        tables: Tables = {}
         bandwidths: dict[str, float] = {}
         with report.Screen(sum(steps.values())) as screen:
             screen.line("\n".join(f"{name:24}{value}" for name, value in environment.items()) + "\n")
@@ -156,6 +158,8 @@ class Benchmark:
                 report.show_measurements(screen, f"{inputs.title}; copy {bandwidth / 1e9:,.1f} GB/s", rows)
                 screen.advance(0, "preparing inputs")
             self.figures.show(screen, numbers)
+            if self.conclude:
+                self.conclude(screen, arguments.device, tables)
             screen.line(f"{time.perf_counter() - start:.0f} s")
         results = {"environment": environment, "copy_bandwidth": bandwidths}
         self.write(arguments, {**results, self.figures.key: numbers, "measurements": tables})

@@ -74,6 +74,7 @@ class Measurement:
     reason: str = ""
     note: str = ""
     peak_bytes: int | None = None  # beyond the inputs
+    logits_bytes: int | None = None  # of one (N, V) tensor, as the gradient is
     seconds: tuple[float, float, float] | None = None  # median, p20, p80
     speedup: float | None = None  # over the baseline of the same operation
     bandwidth: float | None = None  # bytes per second, of the least bytes
@@ -222,7 +223,7 @@ def measure(
         on_progress(0, f"checking {case.op}, {case.name}")
         row, prepared = check(case, inputs, truth, logits.element_size())
         if prepared:
-            row.peak_bytes = peak_memory(prepared, logits.device)
+            row.peak_bytes, row.logits_bytes = peak_memory(prepared, logits.device), logits.nbytes
             prepared.reset()
             ready[f"{case.op}, {case.name}"] = prepared
         rows.append(row)

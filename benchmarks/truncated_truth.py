@@ -247,17 +247,24 @@ class TruncationTruth(ChunkedTruth):
         return gradient_multiples(part["gradient"], expected, coefficient / setting.temperature)
 
 
-class SSDTruth(ChunkedTruth):
-    """Of the student against the teacher's logits as the base; the loss is the token mean of the cross-entropy."""
+class TokenMeanTruth(ChunkedTruth):
+    """Errors of a loss too, which is the token mean of what `row_errors` appends to `expected`."""
 
-    def errors(self, result: dict[str, Tensor], setting: Setting) -> Errors:
-        """Knows loss, SSD's terms, cross_entropy, kept_mass and gradient."""
+    def errors(self, result: dict[str, Tensor], setting: Any) -> Errors:
+        """See ChunkedTruth."""
         self.expected: list[Tensor] = []
         worst = super().errors(result, setting)
         if "loss" in result:
             error = (result["loss"].detach().double() - torch.cat(self.expected).mean()).abs() / LOG_PROB_TOLERANCE
             worst["loss"] = worst_of(error)
         return worst
+
+
+class SSDTruth(TokenMeanTruth):
+    """Of the student against the teacher's logits as the base; the loss is the token mean of the cross-entropy.
+
+    Knows loss, SSD's terms, cross_entropy, kept_mass and gradient.
+    """
 
     def _of_rows(
         self, part: dict[str, Tensor], rows: slice, setting: Setting
