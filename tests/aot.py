@@ -62,7 +62,7 @@ WIDE_ACCESSES = {  # of 16 bytes that a kernel needs for its tile or block of a 
     "upstream sum": (4, 0),
     "truncated gradient": (2, 2),
     "pair gradient": (2, 2),
-    **{f"{kind} gradient": (4, 2) for kind in DIVERGENCES},
+    **{f"{kind} gradient": (2, 1) for kind in DIVERGENCES},
     "reduced gradient": (2, 2),
 }
 HIP_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "sshort": 2, "short": 2,

@@ -207,11 +207,11 @@ class Recorder:
         return launch
 
 
-def keys_of(run, cases):
+def keys_of(run, cases, kernels=KERNELS):
     """The compilation keys of each kernel over all cases."""
-    keys = {name: set() for _, name in KERNELS}
+    keys = {name: set() for _, name in kernels}
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in KERNELS:
+        for module, name in kernels:
             patch.setattr(module, name, Recorder(getattr(module, name), keys[name]))
             patch.setattr(module, "runs_triton", lambda rows: True)
         for case in cases:

@@ -7,14 +7,13 @@ import nasty
 import pytest
 import torch
 from closeness import LOG_PROB_BOUND, ROUNDING, assert_within
-from conftest import INTERPRETED
 from test_kernels import (
     CSRC,
     INSTRUCTION_SETS,
-    Recorder,
     compiled,
     counting_loads,
     interpreted,
+    keys_of,
     not_interpreted,
 )
 
@@ -140,7 +139,6 @@ def test_without_filters_a_pair_is_read_once_forward_and_once_backward(monkeypat
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_another_length_batch_or_temperature_does_not_recompile(filters):
     pytest.importorskip("triton")
-    keys = {name: set() for _, name in KERNELS}
 
     def run(batch, length, temperature):
         student, base = torch.randn(2, batch, length, 48)
@@ -150,14 +148,8 @@ def test_another_length_batch_or_temperature_does_not_recompile(filters):
         token_log_prob(leaf, token_ids, temperature, mask=mask, **filters).log_prob.sum().backward()
         ssd_decomposition(leaf, base, temperature, mask=mask, **filters).cross_entropy.sum().backward()
 
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in KERNELS:
-            patch.setattr(module, name, Recorder(getattr(module, name), keys[name]))
-            patch.setattr(module, "runs_triton", lambda rows: True)
-        run(2, 16, 1.0)
-        first = {name: set(found) for name, found in keys.items()}
-        for batch, length in ((1, 1), (1, 7), (2, 17), (3, 64), (1, 4096), (16, 1)):
-            run(batch, length, 0.7)
-    for name, found in keys.items():
-        assert found == first[name], f"{name} is compiled again:\n" + "\n".join(sorted(found - first[name]))
-    assert INTERPRETED or any(first.values())
+    first = keys_of(run, [(2, 16, 1.0)], KERNELS)
+    others = keys_of(run, [(b, t, 0.7) for b, t in ((1, 1), (1, 7), (2, 17), (3, 64), (1, 4096), (16, 1))], KERNELS)
+    for name, found in others.items():
+        assert found <= first[name], f"{name} is compiled again:\n" + "\n".join(sorted(found - first[name]))
+    assert any(first.values())

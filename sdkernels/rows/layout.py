@@ -110,9 +110,9 @@ def unspecialised(*views: str) -> dict[str, list[str]]:
     }
 
 
-def block_options(rows: Tensor) -> dict[str, int]:
-    """Launch options of a program of THREADS threads that writes a block of 32 bytes a thread."""
-    return {"BLOCK": 32 * THREADS // rows.element_size(), **sweep_options()}
+def block_options(rows: Tensor, thread_bytes: int = 32) -> dict[str, int]:
+    """Launch options of a program of THREADS threads that writes a block of so many bytes a thread."""
+    return {"BLOCK": thread_bytes * THREADS // rows.element_size(), **sweep_options()}
 
 
 def sweep_options() -> dict[str, int]:
