@@ -4,6 +4,7 @@ namespace sdkernels {
 namespace SDK_ISA {
 
 constexpr float kLn2 = 0.69314718f;
+constexpr int64_t kShortFlush = 8 * kLanes;  // as many additions to a lane as kFlush allows four accumulators
 
 // p log(p / q) from log2: 0 where p is 0, inf where only q is; p may underflow, log2 p tells.
 inline Floats relative(Floats p, Floats log2_p, Floats log2_q) {
@@ -22,18 +23,18 @@ inline DivergenceSums divergence_sums(const float* row, const float* other, int6
   result.max = largest_lane(max);
   result.other_max = largest_lane(other_max);
   uint32_t impossible = 0;
-  for (int64_t begin = 0; begin < count; begin += kFlush) {
+  for (int64_t begin = 0; begin < count; begin += kShortFlush) {
     Floats sum{}, other_sum{}, cross{};
-    const int64_t end = begin + kFlush < count ? begin + kFlush : count;
+    const int64_t end = begin + kShortFlush < count ? begin + kShortFlush : count;
     for (int64_t i = begin; i < end; i += kLanes) {
       const Floats z = load(row + i), z_other = load(other + i);
-      const Floats y = (z - result.max) * scale, y_other = (z_other - result.other_max) * scale;
-      const Floats e = exp2_or_0(y);
+      const Floats x = z - result.max, x_other = z_other - result.other_max;
+      const Floats e = exp2_or_0(x * scale);
       const uint32_t excluded = ~not_below(z_other, fill(kLowest)) & not_below(z, fill(kLowest));
       impossible |= excluded;
       sum += e;
-      other_sum += exp2_or_0(y_other);
-      cross += ((e == 0.0f) | (z_other < kLowest)) ? Floats{} : e * (y_other - y);
+      other_sum += exp2_or_0(x_other * scale);
+      cross += ((e == 0.0f) | (z_other < kLowest)) ? Floats{} : e * (x_other - x);
     }
     result.sum += add_lanes(sum);
     result.other_sum += add_lanes(other_sum);
@@ -72,9 +73,9 @@ inline Entry divergence_entry(Floats z, Floats z_other, const DivergenceCoeffici
 template <Divergence kDivergence>
 EntrySums entry_sums(const float* student, const float* teacher, int64_t count, const DivergenceCoefficients& c) {
   EntrySums result;
-  for (int64_t begin = 0; begin < count; begin += kFlush) {
+  for (int64_t begin = 0; begin < count; begin += kShortFlush) {
     Floats value{}, slope{};
-    const int64_t end = begin + kFlush < count ? begin + kFlush : count;
+    const int64_t end = begin + kShortFlush < count ? begin + kShortFlush : count;
     for (int64_t i = begin; i < end; i += kLanes) {
       const Entry entry = divergence_entry<kDivergence>(load(student + i), load(teacher + i), c);
       value += (entry.value > c.clip) ? fill(c.clip) : entry.value;
@@ -117,9 +118,9 @@ inline void divergence_gradient(const float* student, const float* teacher, floa
 inline InformationSums information(const float* student, const LogSoftmax& p, const float* const* teachers,
                                    const LogSoftmax* softmaxes, int64_t samples, int64_t count, float scale) {
   InformationSums result;
-  for (int64_t begin = 0; begin < count; begin += kFlush) {
+  for (int64_t begin = 0; begin < count; begin += kShortFlush) {
     Floats total{}, marginal{}, between{};
-    const int64_t end = begin + kFlush < count ? begin + kFlush : count;
+    const int64_t end = begin + kShortFlush < count ? begin + kShortFlush : count;
     for (int64_t i = begin; i < end; i += kLanes) {
       const Floats log2_p = (load(student + i) - p.max) * scale - p.log2_sum;
       auto log2_of = [&](int64_t r) {

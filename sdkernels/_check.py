@@ -279,13 +279,13 @@ def clip_range(value: Any) -> tuple[float, float]:
     return at_least("clip_range", below, 0), at_least("clip_range", above, 0)
 
 
-def dual_clip(value: Any) -> float | None:
-    """None, or a number > 1."""
+def above(name: str, value: Any, low: float) -> float | None:
+    """None, or a number > low; inf is allowed."""
     if value is None:
         return None
-    number = real("dual_clip", value)
-    if not number > 1.0:
-        raise ValueError(f"dual_clip must be > 1, got {value}")
+    number = real(name, value)
+    if not number > low:
+        raise ValueError(f"{name} must be > {low:g}, got {value}")
     return number
 
 

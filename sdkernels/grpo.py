@@ -78,7 +78,7 @@ def check_policy_options(
     _check.per_token("token_weight", options["token_weight"], shape, logits)
     _check.at_least("epsilon_low", options["epsilon_low"], 0)
     _check.at_least("epsilon_high", options["epsilon_high"], 0)
-    _check.dual_clip(options["dual_clip"])
+    _check.above("dual_clip", options["dual_clip"], 1)
     if _check.at_least("beta", options["beta"], 0) > 0 and options["reference_log_prob"] is None:
         raise ValueError(f"beta={options['beta']} needs reference_log_prob, got None")
     _check.reduction(options["reduction"], options["normalizer"], shape, cu_seqlens, logits)

@@ -113,7 +113,7 @@ def opsd_loss(
     places = 0 if top_k is None else _check.integer("top_k", top_k, 0)
     by_teacher = _check.one_of("top_k_from", top_k_from, ("student", "teacher")) == "teacher"
     _check.flag("tail", tail)
-    clip = math.inf if token_clip is None else _check.positive("token_clip", token_clip)
+    clip = _check.above("token_clip", token_clip, 0)
     mask = _check.mask("mask", mask, shape, student_logits)
     token_weight = _check.per_token("token_weight", token_weight, shape, student_logits)
     _check.reduction(reduction, normalizer, shape, cu_seqlens, student_logits)
@@ -128,7 +128,9 @@ def opsd_loss(
         scaling = (1.0, None)
         if not tail:
             student, teacher = student[..., :places], teacher[..., :places]
-    values, *_ = row_divergence(student, teacher, kept_rows, *scaling, divergence, weight, clip)
+    values, *_ = row_divergence(
+        student, teacher, kept_rows, *scaling, divergence, weight, math.inf if clip is None else clip
+    )
     values = values.reshape(shape)
     loss = values if token_weight is None else torch.where(keep, values * token_weight, 0)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)

@@ -178,7 +178,8 @@ def launch(case: Case) -> None:
         upstream = torch.zeros(TOKENS, support.LISTED + 1)
         reduced_gradient._launch(rows, found.token_ids, 0.7, temperatures, (values, doubles), upstream, result)
     elif case.op == "information":
-        information._launch(rows, torch.stack([other] * 2), mask, 0.7, temperatures, (doubles,) * 3)
+        teachers = torch.zeros(2, *other.shape[:-1], other.stride(0), dtype=other.dtype)[..., : other.shape[-1]]
+        information._launch(rows, teachers, mask, 0.7, temperatures, (doubles,) * 3)
 
 
 def launched_by(case: Case) -> tuple[JITFunction, tuple, dict]:

@@ -59,16 +59,17 @@ def assert_weights(actual, truth, scale=None, name="weight"):
     assert_within(actual, truth, bound * scale + tiny, name)
 
 
-def assert_gradient(actual, truth, dtype, name="gradient", eager=None):
+def assert_gradient(actual, truth, dtype, name="gradient", eager=None, factor=None):
     """Row norms within SPEC's bound, `truth` an oracle's gradient, c and p; with eager, each element as good as it."""
+    factor = factor or (FLOAT64_BOUND if dtype == torch.float64 else 1e-6)
     assert actual.dtype == dtype, f"{name} is {actual.dtype}, its logits are {dtype}"
     error = actual.detach().double() - truth.gradient
     assert not (actual.isnan() & ~truth.gradient.isnan()).any(), f"{name} has NaN where truth has none"
     assert (actual[truth.c == 0] == 0).all(), f"{name} is not 0 where no gradient flows"
     norm = truth.gradient.norm(dim=-1)
-    bound = (FLOAT64_BOUND if dtype == torch.float64 else 1e-6) * truth.c + ROUNDING[dtype] * norm
-    if dtype == torch.float16:
-        bound = bound + 6e-8 * truth.gradient.shape[-1] ** 0.5
+    bound = factor * truth.c + ROUNDING[dtype] * norm
+    least = 6e-8 if dtype == torch.float16 else torch.finfo(dtype).tiny
+    bound = bound + least * truth.gradient.shape[-1] ** 0.5
     assert_within(error.norm(dim=-1), torch.zeros_like(norm), bound, f"row norm of the error of {name}")
     if eager is not None:
         floor = epsilon(dtype) * truth.gradient.abs() + LOG_PROB_BOUND * truth.c.unsqueeze(-1) * truth.p

@@ -1,13 +1,17 @@
 """What forward and backward allocate, and what `inplace` means."""
 
 import nasty
+import opsd_oracles
 import pytest
 import torch
 from closeness import assert_same_bits
 from conftest import INTERPRETED
+from supports import name
 
 from sdkernels import (
     grpo_loss,
+    opsd_decomposition,
+    opsd_loss,
     rlsd_loss,
     rlsd_token_advantage,
     ssd_decomposition,
@@ -89,6 +93,28 @@ def test_truncated_forward_allocates_nothing_large_and_backward_one_gradient(nam
     assert allocated == []
     allocated, _ = large_allocations(lambda: torch.autograd.grad(value, student))
     assert allocated == [student.numel() * student.element_size()]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "time_major", "padded_vocabulary"])
+@pytest.mark.parametrize("options", opsd_oracles.SOME, ids=name)
+@pytest.mark.parametrize("dtype", nasty.DTYPES[:3])
+def test_opsd_loss_allocates_nothing_large_and_backward_one_gradient(dtype, options, layout):
+    student, teacher, *_ = problem(dtype, layout=layout)
+    opsd_loss(student, teacher, **options)
+    allocated, output = large_allocations(lambda: opsd_loss(student, teacher, **options))
+    assert allocated == []
+    allocated, _ = large_allocations(lambda: torch.autograd.grad(output.loss, student))
+    assert allocated == [student.numel() * student.element_size()]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "time_major", "padded_vocabulary"])
+@pytest.mark.parametrize("dtype", nasty.DTYPES[:3])
+def test_opsd_decomposition_allocates_nothing_large(dtype, layout):
+    student, teacher, *_ = problem(dtype, layout=layout)
+    teachers = torch.stack([teacher, teacher * 0.5, -teacher])
+    opsd_decomposition(student, teachers)
+    allocated, _ = large_allocations(lambda: opsd_decomposition(student, teachers))
+    assert allocated == []
 
 
 @pytest.mark.parametrize("filters", [LISTS, THRESHOLDS, {}], ids=["lists", "thresholds", "no filter"])
@@ -185,6 +211,9 @@ def test_without_in_place_nothing_of_the_user_s_is_written(device):
         ssd_loss(student, teacher, 0.9, **filters, mask=mask, token_weight=mask).loss.backward()
         token_log_prob(student, token_ids, **filters, mask=mask).log_prob.sum().backward()
         truncated_log_softmax(student, **filters).sum().backward()
+    for reduced in ({}, {"top_k": 20}, {"top_k": 300, "tail": False}):
+        opsd_loss(student, teacher, divergence="jsd", **reduced, mask=mask, token_weight=mask).loss.backward()
+    opsd_decomposition(student, teacher.unsqueeze(0), mask=mask)
     for x, (version, values) in zip(given, before, strict=True):
         assert x._version == version
         assert torch.equal(x.detach(), values)

@@ -8,6 +8,8 @@ from closeness import assert_same_bits
 from sdkernels import (
     evidence_weighted_advantage,
     grpo_loss,
+    opsd_decomposition,
+    opsd_loss,
     rlsd_loss,
     rlsd_token_advantage,
     ssd_decomposition,
@@ -182,6 +184,15 @@ COMPILED = {
     ),
     "ssd_loss": lambda x, y, i, m, a, o: ssd_loss(
         x, y, a.abs(), **FILTERS, mask=m, weights=(1, 0.5, 2), reduction="seq-mean-token-mean", token_weight=o
+    ),
+    "opsd_loss": lambda x, y, i, m, a, o: opsd_loss(x, y, temperature=a.abs(), mask=m, token_weight=o),
+    "clipped opsd_loss": lambda x, y, i, m, a, o: opsd_loss(x, y, divergence="jsd", token_clip=0.05, mask=m),
+    "opsd_loss of a top-k": lambda x, y, i, m, a, o: opsd_loss(x, y, divergence="reverse_kl", top_k=5, mask=m),
+    "opsd_loss of a renormalised top-k": lambda x, y, i, m, a, o: opsd_loss(
+        x, y, top_k=5, top_k_from="teacher", tail=False, temperature=a.abs(), reduction="seq-mean-token-sum"
+    ),
+    "opsd_decomposition": lambda x, y, i, m, a, o: opsd_decomposition(
+        x, torch.stack([y, -y, y * 2]), temperature=a.abs(), mask=m
     ),
 }
 

@@ -37,6 +37,11 @@ SIGNATURES = {
     "ssd_loss": "(student_logits, base, temperature, *, top_k=None, top_p=None, min_p=None, weights=(1.0, 1.0, 1.0), "
     "mask=None, token_weight=None, reduction='token-mean', normalizer=None, cu_seqlens=None, group=None, "
     "vocab_start=None)",
+    "opsd_loss": "(student_logits, teacher_logits, *, divergence='forward_kl', beta=0.5, temperature=1.0, top_k=None, "
+    "top_k_from='student', tail=True, token_clip=None, mask=None, token_weight=None, reduction='token-mean', "
+    "normalizer=None, cu_seqlens=None, group=None, vocab_start=None)",
+    "opsd_decomposition": "(student_logits, teacher_logits, *, temperature=1.0, mask=None, group=None, "
+    "vocab_start=None)",
     "effective_temperature": "(train_temperature, eval_temperature)",
     "lambda_schedule": "(step, *, peak=0.5, warmup_steps=0, decay_steps=0)",
     "rlsd_metrics": "(output, mask=None, *, clip_range=0.2, epsilon_low=0.2, epsilon_high=0.2)",
@@ -54,6 +59,8 @@ RESULTS = {
     "SSDTerms": ("support_compression", "within_support_reshaping", "base_alignment", "constant", "cross_entropy",
                  "kept_mass", "support_size"),
     "SSDOutput": ("loss", "terms"),
+    "OPSDOutput": ("loss", "divergence"),
+    "OPSDTerms": ("total", "marginal_kl", "mutual_information"),
 }  # fmt: skip
 
 

@@ -71,7 +71,8 @@ void divergence_of_row(const Kernels& kernels, const RowView& student, const Row
     results.slope[row] = entries.slope;
     return;
   }
-  const double divergence = sums.impossible ? HUGE_VAL : other_log_sum - log_sum - sums.cross / (kLog2E * sums.sum);
+  const double divergence =
+      sums.impossible ? HUGE_VAL : other_log_sum - log_sum - sums.cross / (sums.sum * temperature);
   results.divergence[row] = divergence;
   results.slope[row] = forward ? -1.0 : divergence == HUGE_VAL ? kNaN : divergence + 1.0;
 }
@@ -225,8 +226,9 @@ void reduced_gradient(const Kernels& kernels, const RowView& student, const RowA
     for (int64_t row = first; row < last; ++row) {
       const double temperature = arguments.temperature_of(row);
       const float* entries = upstream + row * (capacity + 1);
-      const float on_tail = static_cast<float>(entries[capacity] / temperature);
-      if (on_tail == 0.0f || saved.tail_log_sum[row] == -HUGE_VAL)
+      // A row whose gradient is NaN has it in every entry, and so in the first.
+      const float on_tail = static_cast<float>(entries[capacity] / temperature) + (entries[0] - entries[0]);
+      if (on_tail == 0.0f || (saved.tail_log_sum[row] == -HUGE_VAL && on_tail == on_tail))
         std::memset(grad.at(row, 0), 0, grad.vocab * grad.element_size());
       else
         kernels.rows[student.dtype].gradient(student.at(row, 0), grad.at(row, 0), student.vocab,

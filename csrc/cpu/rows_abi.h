@@ -164,8 +164,8 @@ struct SupportCoefficients {
   float threshold, max, inverse, log_sum, scale, log2_sum, slope, entropy_slope;
 };
 
-// Of two rows of logits z and z': maxima, the sums of e = 2^y and of 2^y', and that of e (y' - y), with y = (z - max)
-// scale and y' alike.
+// Of two rows of logits z and z': maxima, the sums of e = 2^(x scale) and of 2^(x' scale), and that of e (x' - x), with
+// x = z - max and x' alike.
 struct DivergenceSums {
   float max = kLowest, other_max = kLowest;
   double sum = 0.0, other_sum = 0.0, cross = 0.0;
@@ -177,12 +177,11 @@ inline DivergenceSums merge(const DivergenceSums& a, const DivergenceSums& b, do
   r.max = a.max > b.max ? a.max : b.max;
   r.other_max = a.other_max > b.other_max ? a.other_max : b.other_max;
   for (const DivergenceSums* part : {&a, &b}) {
-    const double shift = (double(part->max) - r.max) * scale,
-                 other_shift = (double(part->other_max) - r.other_max) * scale;
-    const double factor = shift > kFloor ? std::exp2(shift) : 0.0;  // so small a probability is 0
+    const double shift = double(part->max) - r.max, other_shift = double(part->other_max) - r.other_max;
+    const double factor = shift * scale > kFloor ? std::exp2(shift * scale) : 0.0;  // so small a probability is 0
     r.sum += part->sum * factor;
     if (factor > 0.0) r.cross += (part->cross + (other_shift - shift) * part->sum) * factor;
-    r.other_sum += part->other_sum * std::exp2(std::fmax(other_shift, kFloor));
+    r.other_sum += part->other_sum * std::exp2(std::fmax(other_shift * scale, kFloor));
     r.impossible |= part->impossible;
   }
   return r;

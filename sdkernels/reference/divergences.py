@@ -127,10 +127,10 @@ def reduced_gradient(
 ) -> Tensor:
     """See ``sdkernels.rows.reduced_gradient.reduced_gradient``."""
     z, t = scaled(student.double(), temperature, temperatures)
-    on_tail = upstream[..., -1:].double()
+    on_tail = upstream[..., -1:].double() + (upstream[..., :1] - upstream[..., :1])
     log_share = (z - tail_max.unsqueeze(-1)) / t - tail_log_sum.unsqueeze(-1)
-    empty = tail_log_sum.unsqueeze(-1) == -torch.inf
-    grad = torch.where((on_tail == 0) | empty, 0, on_tail * log_share.exp())
+    nothing = (on_tail == 0) | ((tail_log_sum.unsqueeze(-1) == -torch.inf) & ~on_tail.isnan())
+    grad = torch.where(nothing, 0, on_tail * log_share.exp())
     missing = token_ids < 0
     ids = token_ids.long().masked_fill(missing, 0)
     listed = torch.where(missing, grad.gather(-1, ids), upstream[..., :-1].double())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdkernels.opsd import OPSDOutput, OPSDTerms
 from sdkernels.reductions import reduce
+from sdkernels.reference.divergences import entries, relative
 from sdkernels.reference.truncation import temperature_column
 
 
@@ -38,15 +39,8 @@ def opsd_loss(
         ids = chooser.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
         student, teacher = (reduced(x, ids, tail) for x in (student, teacher))
     log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
-    if divergence == "forward_kl":
-        parts = relative(log_q, log_p)
-    elif divergence == "reverse_kl":
-        parts = relative(log_p, log_q)
-    else:
-        m = beta * log_q.exp() + (1 - beta) * log_p.exp()
-        log_m = m.where(m > 0, 1).log()
-        parts = beta * relative(log_q, log_m) + (1 - beta) * relative(log_p, log_m)
-    values = parts.clamp(max=token_clip).sum(-1) if token_clip is not None else parts.sum(-1)
+    clip = math.inf if token_clip is None else token_clip
+    values = Entries.apply(log_p, log_q, divergence, beta, clip).sum(-1)
     values = torch.where(keep, values, 0)
     loss = values if token_weight is None else torch.where(keep, values * token_weight, 0)
     return OPSDOutput(reduce(loss, keep, reduction, normalizer, cu_seqlens).to(values.dtype), values)
@@ -65,15 +59,27 @@ def opsd_decomposition(
     log_p = _scaled(student_logits.detach(), keep, temperature).log_softmax(-1)
     log_q = torch.stack([_scaled(x, keep, temperature).log_softmax(-1) for x in teacher_logits.detach()])
     log_mean = log_q.logsumexp(0) - math.log(len(log_q))
-    terms = (relative(log_q, log_p).mean(0), relative(log_mean, log_p), relative(log_q, log_mean).mean(0))
+    kl = lambda log_a, log_b: relative(log_a.exp(), log_a, log_b)  # noqa: E731
+    terms = (kl(log_q, log_p).mean(0), kl(log_mean, log_p), kl(log_q, log_mean).mean(0))
     return OPSDTerms(*(torch.where(keep, x.sum(-1), 0) for x in terms))
 
 
-def relative(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p (log p - log q), 0 where p is 0."""
-    possible = log_p != -torch.inf
-    log_p = log_p.where(possible, 0)
-    return (log_p.exp() * (log_p - log_q.where(possible, 0))).where(possible, 0)
+class Entries(torch.autograd.Function):
+    """min(l_v, token_clip) of each token or tail, whose gradient autograd would make NaN where 0 meets infinity."""
+
+    @staticmethod
+    def forward(ctx, log_p, log_q, divergence, beta, token_clip):
+        """D is their sum."""
+        value, slope = entries(log_p, log_q, divergence, beta)
+        clipped = value > token_clip
+        slope = slope.masked_fill(clipped, 0)
+        ctx.save_for_backward(slope.masked_fill(slope.isinf().any(-1, keepdim=True), torch.nan))
+        return value.masked_fill(clipped, token_clip)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        """By log P_S."""
+        return upstream * ctx.saved_tensors[0], None, None, None, None
 
 
 def reduced(y: Tensor, ids: Tensor, tail: bool) -> Tensor:

@@ -18,35 +18,33 @@ from sdkernels.rows.implementations import runs_csrc, runs_triton, serves_both
 def _fold(state, z, other, columns, scale):
     """Tiles of logits of a row and of another one into lanes of running sums.
 
-    The lanes: the row's maximum m, the sums of e = 2^y and of e (y' - y), y the centred and scaled logit and y' the
-    other row's; the other row's maximum and the sum of 2^y'.
+    The lanes: the row's maximum m, the sums of e = 2^y and of e (x' - x), x the centred logit, y the same scaled and x'
+    the other row's; the other row's maximum and the sum of 2^y'.
     """
     m, s, cross, other_m, other_s = state
     new_m = tl.maximum(m, tl.max(z, 0))
     new_other_m = tl.maximum(other_m, tl.max(other, 0))
-    y = (z - new_m[None, :]) * scale
-    other_y = (other - new_other_m[None, :]) * scale
-    e = tl.exp2(y)
+    x, other_x = z - new_m[None, :], other - new_other_m[None, :]
+    e = tl.exp2(x * scale)
     impossible = (z > float("-inf")) & (other == float("-inf"))
-    crossed = tl.where(impossible, float("-inf"), tl.where(e == 0, 0.0, e * (other_y - y)))
+    crossed = tl.where(impossible, float("-inf"), tl.where(e == 0, 0.0, e * (other_x - x)))
     m, s, cross, other_m, other_s = _centred((m, s, cross, other_m, other_s), new_m, new_other_m, scale)
-    return m, s + tl.sum(e, 0), cross + tl.sum(crossed, 0), other_m, other_s + tl.sum(tl.exp2(other_y), 0)
+    return m, s + tl.sum(e, 0), cross + tl.sum(crossed, 0), other_m, other_s + tl.sum(tl.exp2(other_x * scale), 0)
 
 
 @jit
 def _centred(state, new_m, new_other_m, scale):
     """The sums relative to new maxima."""
     m, s, cross, other_m, other_s = state
-    shift = (m - new_m) * scale
-    other_shift = (other_m - new_other_m) * scale
-    factor = tl.exp2(tl.maximum(shift, device.FLOOR))
+    shift, other_shift = m - new_m, other_m - new_other_m
+    factor = tl.exp2(tl.maximum(shift * scale, device.FLOOR))
     cross = device.moved(cross, s, other_shift - shift, factor)
-    return new_m, s * factor, cross, new_other_m, other_s * tl.exp2(tl.maximum(other_shift, device.FLOOR))
+    return new_m, s * factor, cross, new_other_m, other_s * tl.exp2(tl.maximum(other_shift * scale, device.FLOOR))
 
 
 @jit
 def _sweep_pair(row_ptr, other_row, vocab, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """One pass over both rows: their maxima m and sums s, and sum e (y' - y) of the first."""
+    """One pass over both rows: their maxima m and sums s, and sum e (x' - x) of the first."""
     lowest = tl.full((LANES,), device.LOWEST, tl.float32)
     zeros = tl.zeros((LANES,), tl.float32)
     state = (lowest, zeros, zeros, lowest, zeros)
@@ -128,18 +126,19 @@ def _divergence_kernel(
     if mask_ptr is not None:
         if tl.load(mask_ptr + row) == 0:
             return
-    scale = device.row_scale(device.row_temperature(row, temperature, temperatures_ptr, span))
+    row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
+    scale = device.row_scale(row_temperature)
     student_row = student_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
     teacher_row = teacher_ptr + device.row_offset(
         row, size1, size2, teacher_stride0, teacher_stride1, teacher_stride2, ALIGN
     )
     if DIVERGENCE == "forward_kl":
         teacher_m, teacher_s, cross, m, s = _sweep_pair(teacher_row, student_row, vocab, scale, DEPTH, LANES)
-        value = tl.log(s) - tl.log(teacher_s) - device.LN2 * cross / teacher_s
+        value = tl.log(s) - tl.log(teacher_s) - cross / (teacher_s * row_temperature)
         slope = tl.zeros((), tl.float64) - 1
     else:
         m, s, cross, teacher_m, teacher_s = _sweep_pair(student_row, teacher_row, vocab, scale, DEPTH, LANES)
-        value = tl.log(teacher_s) - tl.log(s) - device.LN2 * cross / s
+        value = tl.log(teacher_s) - tl.log(s) - cross / (s * row_temperature)
         slope = tl.where(value == float("inf"), float("nan"), value + 1)
     invalid = tl.where((s > 0) & (teacher_s > 0), 0.0, float("nan"))
     log_sum, teacher_log_sum = tl.log(s) + invalid, tl.log(teacher_s) + invalid
@@ -159,6 +158,7 @@ def _divergence_kernel(
 def _launch(student, teacher, mask, temperature, temperatures, divergence, beta, token_clip, results) -> None:
     rows = results[0].numel()
     align = layout.alignment(student, teacher)
+    depth, lanes = layout.pair_tile(student)
     with layout.on_device(student):
         _divergence_kernel[(rows,)](
             student,
@@ -176,8 +176,8 @@ def _launch(student, teacher, mask, temperature, temperatures, divergence, beta,
             token_clip,
             DIVERGENCE=divergence,
             CLIPPED=not math.isinf(token_clip),
-            DEPTH=1,
-            LANES=layout.tile(student)[1],
+            DEPTH=depth,
+            LANES=lanes,
             ALIGN=align,
             **layout.sweep_options(),
         )
@@ -236,6 +236,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, upstream, *_):
+    if upstream is None:
+        return (None,) * 8
     student, teacher, mask, temperatures, *statistics = ctx.saved_tensors
     upstream = upstream.double().contiguous()
     if mask is not None:

@@ -140,16 +140,15 @@ def divergence_gradient(
     options = (divergence, beta, token_clip)
     statistics = (slope, log_sum, teacher_log_sum, max, teacher_max)
     arguments = (student, teacher, temperature, temperatures)
-    by_triton = serves_both(runs_triton, student, teacher)
-    if not (by_triton or serves_both(runs_csrc, student, teacher)):
-        return reference.divergence_gradient(*arguments, *options, *statistics, upstream)
     grad = layout.empty_rows(student)
     if student.shape[:-1].numel() == 0:
         return grad
-    if by_triton:
+    if serves_both(runs_triton, student, teacher):
         _launch(*arguments, options, statistics, upstream, grad)
-    else:
+    elif serves_both(runs_csrc, student, teacher):
         torch.ops.sdkernels_cpu.divergence_gradient(*arguments, *options, *statistics, upstream, grad)
+    else:
+        grad.copy_(reference.divergence_gradient(*arguments, *options, *statistics, upstream))
     return grad
 
 

@@ -103,7 +103,7 @@ def _information_kernel(
 def _launch(student, teachers, mask, temperature, temperatures, results) -> None:
     rows, samples = results[0].numel(), teachers.shape[0]
     align = layout.alignment(student, teachers)
-    depth, lanes = layout.tile(teachers)
+    depth, lanes = layout.pair_tile(teachers)
     with layout.on_device(student):
         _information_kernel[(rows,)](
             student,

@@ -131,6 +131,12 @@ def tile(rows: Tensor) -> tuple[int, int]:
     return min(8192 // lanes, 1 << (lines - 1).bit_length()), lanes
 
 
+def pair_tile(rows: Tensor) -> tuple[int, int]:
+    """The same for two rows side by side, 4 logits of a line a thread: more lanes of several sums each would spill."""
+    lanes = 4 * THREADS
+    return 2 if rows.shape[-1] > lanes else 1, lanes
+
+
 def empty_rows(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor like the logits, of `dtype` if it is given, with adjacent vocabulary too."""
     grad = torch.empty_like(logits, dtype=dtype)

@@ -120,6 +120,7 @@ def _launch(student, teacher, token_ids, by_teacher, mask, temperature, temperat
         chooser, other, reduced, tails = teacher, student, (teacher_row, student_row), (*other_tail, *tail)
     rows, capacity = tail[0].numel(), token_ids.shape[-1]
     align = layout.alignment(chooser, other)
+    depth, lanes = layout.pair_tile(chooser)
     with layout.on_device(student):
         _reduced_kernel[(rows,)](
             chooser,
@@ -137,8 +138,8 @@ def _launch(student, teacher, token_ids, by_teacher, mask, temperature, temperat
             temperature,
             capacity,
             LIST_LANES=min(triton.next_power_of_2(capacity), LIST_LANES),
-            DEPTH=1,
-            LANES=layout.tile(chooser)[1],
+            DEPTH=depth,
+            LANES=lanes,
             ALIGN=align,
             **layout.sweep_options(),
         )
@@ -204,6 +205,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, upstream, *_):
+    if upstream is None:
+        return (None,) * 7
     student, token_ids, mask, temperatures, *tail = ctx.saved_tensors
     if mask is not None:
         upstream = torch.where(mask.unsqueeze(-1), upstream, 0)

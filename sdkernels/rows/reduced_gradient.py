@@ -49,9 +49,10 @@ def _reduced_gradient_kernel(
     grad_row = grad_ptr + device.row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2, ALIGN)
     row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
     entries = upstream_ptr + row.to(tl.int64) * (capacity + 1)
-    on_tail = (tl.load(entries + capacity) / row_temperature).to(tl.float32)
+    first = tl.load(entries)  # NaN in every entry of a row whose gradient is NaN, and so in this one
+    on_tail = (tl.load(entries + capacity) / row_temperature).to(tl.float32) + (first - first)
     log_sum = tl.load(tail[1] + row)
-    if (on_tail == 0) | (log_sum == float("-inf")):
+    if (on_tail == 0) | ((log_sum == float("-inf")) & (on_tail == on_tail)):
         device.fill_block(grad_row, start, columns, vocab, 0.0)
     else:
         m = tl.load(tail[0] + row)
@@ -107,20 +108,20 @@ def reduced_gradient(
 ) -> Tensor:
     """The gradient of the student's logits, (..., V) in its dtype, from that of its reduced row, (..., k + 1).
 
-    A listed token gets its entry's over T, each other the tail's over T times its share of the tail. A row whose
-    tail gets none is not read.
+    A listed token gets its entry's over T, each other the tail's over T times its share of the tail, of which a tail of
+    nothing has none. A row whose tail gets no gradient is not read; one whose first entry gets NaN is NaN.
     """
     arguments = (student, token_ids, temperature, temperatures)
     tail = (tail_max, tail_log_sum)
-    if not (runs_triton(student) or runs_csrc(student)):
-        return reference.reduced_gradient(*arguments, *tail, upstream)
     grad = layout.empty_rows(student)
     if tail_max.numel() == 0:
         return grad
     if runs_triton(student):
         _launch(*arguments, tail, upstream, grad)
-    else:
+    elif runs_csrc(student):
         torch.ops.sdkernels_cpu.reduced_gradient(*arguments, *tail, upstream, grad)
+    else:
+        grad.copy_(reference.reduced_gradient(*arguments, *tail, upstream))
     return grad
 
 
