@@ -253,18 +253,23 @@ void divergence_gradient(Tensor student, Tensor teacher, double temperature, std
                                  doubles(upstream, rows), view_like(grad, view), parallel_for);
 }
 
-void reduced_rows(Tensor student, Tensor teacher, Tensor token_ids, std::optional<Tensor> mask, double temperature,
-                  std::optional<Tensor> temperatures, Tensor student_row, Tensor teacher_row, Tensor tail_max,
-                  Tensor tail_log_sum, std::string instruction_set) {
+void reduced_rows(Tensor student, Tensor teacher, Tensor token_ids, bool by_teacher, bool tail,
+                  std::optional<Tensor> mask, double temperature, std::optional<Tensor> temperatures,
+                  Tensor student_row, Tensor teacher_row, Tensor tail_max, Tensor tail_log_sum,
+                  std::string instruction_set) {
   const sdkernels::Kernels& kernels = kernels_for(instruction_set);
   const RowView view = row_view(student);
   const int64_t rows = view.rows(), capacity = capacity_of(token_ids, rows), entries = rows * (capacity + 1);
   const RowArguments arguments = row_arguments(view, std::nullopt, mask, temperature, temperatures);
   const int32_t* ids = vector_of<int32_t>(token_ids, ScalarType::Int, rows * capacity);
-  sdkernels::reduced_rows(kernels, view, arguments, ids, capacity,
+  // Ids of -1 say that the row that chose them is bad.
+  const auto tail_of = [&](bool chose) {
+    return tail ? sdkernels::Tail::kSummed : chose ? sdkernels::Tail::kIgnored : sdkernels::Tail::kChecked;
+  };
+  sdkernels::reduced_rows(kernels, view, arguments, ids, capacity, tail_of(!by_teacher),
                           {floats(student_row, entries), floats(tail_max, rows), doubles(tail_log_sum, rows)},
                           parallel_for);
-  sdkernels::reduced_rows(kernels, view_like(teacher, view), arguments, ids, capacity,
+  sdkernels::reduced_rows(kernels, view_like(teacher, view), arguments, ids, capacity, tail_of(by_teacher),
                           {floats(teacher_row, entries), nullptr, nullptr}, parallel_for);
 }
 
@@ -335,8 +340,8 @@ STABLE_TORCH_LIBRARY(sdkernels_cpu, m) {
       "float beta, float token_clip, Tensor slope, Tensor log_sum, Tensor teacher_log_sum, Tensor max, "
       "Tensor teacher_max, Tensor upstream, Tensor(a!) grad, str instruction_set='') -> ()");
   m.def(
-      "reduced_rows(Tensor student, Tensor teacher, Tensor token_ids, Tensor? mask, float temperature, "
-      "Tensor? temperatures, Tensor(a!) student_row, Tensor(b!) teacher_row, Tensor(c!) tail_max, "
+      "reduced_rows(Tensor student, Tensor teacher, Tensor token_ids, bool by_teacher, bool tail, Tensor? mask, "
+      "float temperature, Tensor? temperatures, Tensor(a!) student_row, Tensor(b!) teacher_row, Tensor(c!) tail_max, "
       "Tensor(d!) tail_log_sum, str instruction_set='') -> ()");
   m.def(
       "reduced_gradient(Tensor student, Tensor token_ids, float temperature, Tensor? temperatures, Tensor tail_max, "

@@ -173,7 +173,7 @@ def launch(case: Case) -> None:
     elif case.op == "reduced rows":
         reduced_row = torch.zeros(TOKENS, support.LISTED + 1)
         arguments = (mask, 0.7, temperatures, (reduced_row, reduced_row, values, doubles))
-        reduced._launch(rows, other, found.token_ids, case.options, *arguments)
+        reduced._launch(rows, other, found.token_ids, case.options, not case.options, *arguments)
     elif case.op == "reduced gradient":
         upstream = torch.zeros(TOKENS, support.LISTED + 1)
         reduced_gradient._launch(rows, found.token_ids, 0.7, temperatures, (values, doubles), upstream, result)

@@ -41,18 +41,20 @@ def test_row_divergence_and_its_gradient_pass_opcheck(clip, divergence, device):
                               (student, given[1], *scaling, *options, *statistics, upstream))  # fmt: skip
 
 
+@pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("by_teacher", [False, True])
 @pytest.mark.parametrize("layout", [torch.clone, time_major])
-def test_reduced_rows_and_their_gradient_pass_opcheck(layout, by_teacher, device):
+def test_reduced_rows_and_their_gradient_pass_opcheck(layout, by_teacher, tail, device):
     student, teacher, mask, temperatures = sides(device, layout)
     every = torch.ones_like(mask)
     for kept, places, scaling in ((None, 5, (0.7, None)), (mask, 5, (1.0, temperatures)), (None, V - 1, (0.7, None))):
         ids = top_ids(teacher if by_teacher else student.detach(), every if kept is None else kept, places)
-        torch.library.opcheck(OPS.reduced_rows.default, (student, teacher, ids, by_teacher, kept, *scaling))
+        arguments = (teacher, ids, by_teacher, tail, kept, *scaling)
+        torch.library.opcheck(OPS.reduced_rows.default, (student, *arguments))
         plain = student.detach()
-        _, _, *tail = OPS.reduced_rows(plain, teacher, ids, by_teacher, kept, *scaling)
+        _, _, *sums = OPS.reduced_rows(plain, *arguments)
         upstream = torch.randn(B, T, places + 1, device=device)
-        torch.library.opcheck(OPS.reduced_gradient.default, (plain, ids, *scaling, *tail, upstream))
+        torch.library.opcheck(OPS.reduced_gradient.default, (plain, ids, *scaling, *sums, upstream))
 
 
 @pytest.mark.parametrize("samples", [1, 3])

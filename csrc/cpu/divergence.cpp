@@ -41,40 +41,56 @@ DivergenceCoefficients coefficients(const DivergenceOptions& options, double tem
   return c;
 }
 
+// The divergence and its slope by the entries, where the log sums are known.
+EntrySums sum_entries(const Kernels& kernels, const RowView& student, const RowView& teacher,
+                      const DivergenceCoefficients& c, int64_t row) {
+  EntrySums total;
+  for_blocks(kernels, student, teacher, row, [&](const float* z, const float* other, int64_t, int64_t count) {
+    const EntrySums part = kernels.divergence_entries(z, other, padded(count), c);
+    total.value += part.value;
+    total.slope += part.slope;
+  });
+  return total;
+}
+
+// Of a row from another one, with sums of both.
+DivergenceSums kl_sums(const Kernels& kernels, const RowView& logits, const RowView& other, float by, int64_t row) {
+  DivergenceSums total;
+  for_blocks(kernels, logits, other, row, [&](const float* z, const float* z_other, int64_t, int64_t count) {
+    total = merge(total, kernels.divergence_sums(z, z_other, padded(count), by), by);
+  });
+  return total;
+}
+
 void divergence_of_row(const Kernels& kernels, const RowView& student, const RowView& teacher, double temperature,
                        const DivergenceOptions& options, const DivergenceResults& results, int64_t row) {
+  const float by = scale(temperature);
+  const bool by_entries = options.divergence == kJSD || std::isfinite(options.token_clip);
   const bool forward = options.divergence == kForwardKL;
-  DivergenceSums sums;  // of the row that weighs, the teacher's in the forward KL, and of the other
-  for_blocks(kernels, forward ? teacher : student, forward ? student : teacher, row,
-             [&](const float* z, const float* other, int64_t, int64_t count) {
-               sums = merge(sums, kernels.divergence_sums(z, other, padded(count), scale(temperature)),
-                            scale(temperature));
-             });
+  DivergenceSums sums;
+  if (by_entries) {
+    const Statistics p = statistics_of(kernels, student, row, by), q = statistics_of(kernels, teacher, row, by);
+    sums.max = p.max, sums.sum = p.sum, sums.other_max = q.max, sums.other_sum = q.sum;
+  } else {
+    sums = forward ? kl_sums(kernels, teacher, student, by, row) : kl_sums(kernels, student, teacher, by, row);
+  }
   const double log_sum = log_of_sum(sums.sum), other_log_sum = log_of_sum(sums.other_sum);
-  results.log_sum[row] = forward ? other_log_sum : log_sum;
-  results.teacher_log_sum[row] = forward ? log_sum : other_log_sum;
-  results.max[row] = forward ? sums.other_max : sums.max;
-  results.teacher_max[row] = forward ? sums.max : sums.other_max;
+  const double kl = sums.impossible ? HUGE_VAL : other_log_sum - log_sum - sums.cross / (sums.sum * temperature);
+  const bool swapped = forward && !by_entries;
+  results.log_sum[row] = swapped ? other_log_sum : log_sum;
+  results.teacher_log_sum[row] = swapped ? log_sum : other_log_sum;
+  results.max[row] = swapped ? sums.other_max : sums.max;
+  results.teacher_max[row] = swapped ? sums.max : sums.other_max;
+  results.divergence[row] = kl;
+  results.slope[row] = forward ? -1.0 : kl == HUGE_VAL ? kNaN : kl + 1.0;
   if (log_sum != log_sum || other_log_sum != other_log_sum) {
     for (double* each : {results.divergence, results.slope, results.log_sum, results.teacher_log_sum}) each[row] = kNaN;
-    return;
+  } else if (by_entries) {
+    const EntrySums total =
+        sum_entries(kernels, student, teacher, coefficients(options, temperature, results, row), row);
+    results.divergence[row] = total.value;
+    results.slope[row] = total.slope;
   }
-  if (options.divergence == kJSD || std::isfinite(options.token_clip)) {
-    const DivergenceCoefficients c = coefficients(options, temperature, results, row);
-    EntrySums entries;
-    for_blocks(kernels, student, teacher, row, [&](const float* z, const float* other, int64_t, int64_t count) {
-      const EntrySums part = kernels.divergence_entries(z, other, padded(count), c);
-      entries.value += part.value;
-      entries.slope += part.slope;
-    });
-    results.divergence[row] = entries.value;
-    results.slope[row] = entries.slope;
-    return;
-  }
-  const double divergence =
-      sums.impossible ? HUGE_VAL : other_log_sum - log_sum - sums.cross / (sums.sum * temperature);
-  results.divergence[row] = divergence;
-  results.slope[row] = forward ? -1.0 : divergence == HUGE_VAL ? kNaN : divergence + 1.0;
 }
 
 // Of the tokens that are not listed.
@@ -96,11 +112,17 @@ Statistics tail_statistics(const Kernels& kernels, const RowView& logits, double
 }
 
 void reduce_row(const Kernels& kernels, const RowView& logits, double temperature, const int32_t* token_ids,
-                int64_t capacity, const ReducedRow& results, int64_t row) {
+                int64_t capacity, Tail wanted, const ReducedRow& results, int64_t row) {
   const int32_t* ids = token_ids + row * capacity;
-  std::vector<int32_t> sorted(ids, ids + capacity);
-  std::sort(sorted.begin(), sorted.end());
-  const Statistics tail = tail_statistics(kernels, logits, temperature, sorted, row);
+  Statistics tail;
+  if (wanted == Tail::kSummed) {
+    std::vector<int32_t> sorted(ids, ids + capacity);
+    std::sort(sorted.begin(), sorted.end());
+    tail = tail_statistics(kernels, logits, temperature, sorted, row);
+  } else if (wanted == Tail::kChecked) {
+    const double sum = statistics_of(kernels, logits, row, scale(temperature)).sum;
+    tail.sum = sum - sum;
+  }
   const bool valid = tail.sum == tail.sum;
   const double log_sum = !valid ? kNaN : tail.sum >= 0.5 ? std::log(tail.sum) : -HUGE_VAL;
   auto listed = [&](int64_t i) {
@@ -207,10 +229,10 @@ void divergence_gradient(const Kernels& kernels, const RowView& student, const R
 }
 
 void reduced_rows(const Kernels& kernels, const RowView& logits, const RowArguments& arguments,
-                  const int32_t* token_ids, int64_t capacity, const ReducedRow& results,
+                  const int32_t* token_ids, int64_t capacity, Tail tail, const ReducedRow& results,
                   const ParallelFor& parallel_for) {
   auto compute = [&](int64_t row) {
-    reduce_row(kernels, logits, arguments.temperature_of(row), token_ids, capacity, results, row);
+    reduce_row(kernels, logits, arguments.temperature_of(row), token_ids, capacity, tail, results, row);
   };
   for_kept_rows(logits, arguments, parallel_for, compute, [&](int64_t row) {
     std::fill_n(results.entries + row * (capacity + 1), capacity + 1, 0.0f);

@@ -141,6 +141,8 @@ struct ReducedRow {  // `capacity` + 1 entries a row; the tail's maximum and log
   double* tail_log_sum;
 };
 
+enum class Tail { kSummed, kChecked, kIgnored };  // kChecked: only whether it holds NaN or +inf
+
 struct InformationResults {
   double *total, *marginal, *information;
 };
@@ -171,7 +173,7 @@ void divergence_gradient(const Kernels&, const RowView& student, const RowView& 
                          const DivergenceOptions&, const DivergenceResults& saved, const double* upstream,
                          const RowView& grad, const ParallelFor&);
 void reduced_rows(const Kernels&, const RowView& logits, const RowArguments&, const int32_t* token_ids,
-                  int64_t capacity, const ReducedRow&, const ParallelFor&);
+                  int64_t capacity, Tail, const ReducedRow&, const ParallelFor&);
 void reduced_gradient(const Kernels&, const RowView& student, const RowArguments&, const int32_t* token_ids,
                       int64_t capacity, const ReducedRow& saved, const float* upstream, const RowView& grad,
                       const ParallelFor&);

@@ -90,6 +90,7 @@ def reduced_rows(
     teacher: Tensor,
     token_ids: Tensor,
     by_teacher: bool,
+    tail: bool,
     mask: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,

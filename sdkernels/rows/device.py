@@ -152,13 +152,32 @@ def add_statistics(state, scale):
 
 
 @jit
+def no_statistics(LANES: tl.constexpr):
+    """The lanes of m, s and t before any logit."""
+    zeros = tl.zeros((LANES,), tl.float32)
+    return tl.full((LANES,), LOWEST, tl.float32), zeros, zeros
+
+
+@jit
 def sweep(row_ptr, vocab, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
     """One pass over a row: its maximum m, s = sum 2^y and t = sum y 2^y."""
-    m = tl.full((LANES,), LOWEST, tl.float32)
-    s = tl.zeros((LANES,), tl.float32)
-    t = tl.zeros((LANES,), tl.float32)
-    state = walk(row_ptr, None, vocab, (m, s, t), scale, fold_statistics, DEPTH, LANES)
+    state = walk(row_ptr, None, vocab, no_statistics(LANES), scale, fold_statistics, DEPTH, LANES)
     return add_statistics(state, scale)
+
+
+@jit
+def fold_both(state, z, other, columns, scale):
+    """`fold` of either of two rows."""
+    row, other_row = state
+    return fold_statistics(row, z, z, columns, scale), fold_statistics(other_row, other, z, columns, scale)
+
+
+@jit
+def add_both(state, scale):
+    """Of either row m and s from its lanes'."""
+    m, s, _ = add_statistics(state[0], scale)
+    other_m, other_s, _ = add_statistics(state[1], scale)
+    return m, s, other_m, other_s
 
 
 @jit

@@ -43,15 +43,18 @@ def _centred(state, new_m, new_other_m, scale):
 
 
 @jit
-def _sweep_pair(row_ptr, other_row, vocab, scale, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """One pass over both rows: their maxima m and sums s, and sum e (x' - x) of the first."""
+def _sweep_kl(row_ptr, other_row, vocab, temperature, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """One pass over both rows: their maxima m and sums s, and the KL of the first from the other."""
+    scale = device.row_scale(temperature)
     lowest = tl.full((LANES,), device.LOWEST, tl.float32)
     zeros = tl.zeros((LANES,), tl.float32)
     state = (lowest, zeros, zeros, lowest, zeros)
     state = device.walk(row_ptr, other_row, vocab, state, scale, _fold, DEPTH, LANES)
     row_m, row_other_m = tl.max(state[0], 0), tl.max(state[3], 0)
     m, s, cross, other_m, other_s = _centred(state, row_m, row_other_m, scale)
-    return m, device.add_lanes(s), tl.sum(cross.to(tl.float64), 0), other_m, device.add_lanes(other_s)
+    s, other_s = device.add_lanes(s), device.add_lanes(other_s)
+    kl = tl.log(other_s) - tl.log(s) - tl.sum(cross.to(tl.float64), 0) / (s * temperature)
+    return m, s, other_m, other_s, kl
 
 
 @jit
@@ -132,25 +135,25 @@ def _divergence_kernel(
     teacher_row = teacher_ptr + device.row_offset(
         row, size1, size2, teacher_stride0, teacher_stride1, teacher_stride2, ALIGN
     )
-    if DIVERGENCE == "forward_kl":
-        teacher_m, teacher_s, cross, m, s = _sweep_pair(teacher_row, student_row, vocab, scale, DEPTH, LANES)
-        value = tl.log(s) - tl.log(teacher_s) - cross / (teacher_s * row_temperature)
-        slope = tl.zeros((), tl.float64) - 1
-    else:
-        m, s, cross, teacher_m, teacher_s = _sweep_pair(student_row, teacher_row, vocab, scale, DEPTH, LANES)
-        value = tl.log(teacher_s) - tl.log(s) - cross / (s * row_temperature)
-        slope = tl.where(value == float("inf"), float("nan"), value + 1)
-    invalid = tl.where((s > 0) & (teacher_s > 0), 0.0, float("nan"))
-    log_sum, teacher_log_sum = tl.log(s) + invalid, tl.log(teacher_s) + invalid
     if CLIPPED or DIVERGENCE == "jsd":
-        student = (m, (log_sum * device.LOG2E).to(tl.float32))
-        teacher = (teacher_m, (teacher_log_sum * device.LOG2E).to(tl.float32))
+        state = (device.no_statistics(LANES), device.no_statistics(LANES))
+        state = device.walk(student_row, teacher_row, vocab, state, scale, device.fold_both, DEPTH, LANES)
+        m, s, teacher_m, teacher_s = device.add_both(state, scale)
+        student = (m, (tl.log(s) * device.LOG2E).to(tl.float32))
+        teacher = (teacher_m, (tl.log(teacher_s) * device.LOG2E).to(tl.float32))
         arguments = (student, teacher, scale, device.shares(beta), clip)
         value, slope = _sweep_entries(student_row, teacher_row, vocab, arguments, DIVERGENCE, DEPTH, LANES)
+    elif DIVERGENCE == "forward_kl":
+        teacher_m, teacher_s, m, s, value = _sweep_kl(teacher_row, student_row, vocab, row_temperature, DEPTH, LANES)
+        slope = tl.zeros((), tl.float64) - 1
+    else:
+        m, s, teacher_m, teacher_s, value = _sweep_kl(student_row, teacher_row, vocab, row_temperature, DEPTH, LANES)
+        slope = tl.where(value == float("inf"), float("nan"), value + 1)
+    invalid = tl.where((s > 0) & (teacher_s > 0), 0.0, float("nan"))
     tl.store(results[0] + row, value + invalid)
     tl.store(results[1] + row, slope + invalid)
-    tl.store(results[2] + row, log_sum)
-    tl.store(results[3] + row, teacher_log_sum)
+    tl.store(results[2] + row, tl.log(s) + invalid)
+    tl.store(results[3] + row, tl.log(teacher_s) + invalid)
     tl.store(results[4] + row, m)
     tl.store(results[5] + row, teacher_m)
 

@@ -84,8 +84,7 @@ def _fold_pair(state, z, base, columns, arguments):
 @jit
 def _sweep_pair(row_ptr, base_row, vocab, threshold, scales, DEPTH: tl.constexpr, LANES: tl.constexpr):
     """One pass over both rows: the student's maximum and sum over V, and the sums on S = {b >= threshold}."""
-    zeros = tl.zeros((LANES,), tl.float32)
-    state = ((tl.full((LANES,), device.LOWEST, tl.float32), zeros, zeros), _no_support(LANES))
+    state = (device.no_statistics(LANES), _no_support(LANES))
     row, support = device.walk(row_ptr, base_row, vocab, state, (threshold, scales), _fold_pair, DEPTH, LANES)
     m, s, _ = device.add_statistics(row, scales[0])
     return m, s, _add_support(support, scales)

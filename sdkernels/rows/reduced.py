@@ -34,10 +34,17 @@ def _fold_others(state, z, other, columns, arguments):
     Listed are those above the last one's logit, and its equals up to its id.
     """
     last, last_id, scale = arguments
-    chooser, follower = state
     listed = (z > last) | ((z == last) & (columns <= last_id))
-    chooser = device.fold_statistics(chooser, tl.where(listed, float("-inf"), z), z, columns, scale)
-    return chooser, device.fold_statistics(follower, tl.where(listed, float("-inf"), other), z, columns, scale)
+    rest, other_rest = tl.where(listed, float("-inf"), z), tl.where(listed, float("-inf"), other)
+    return device.fold_both(state, rest, other_rest, columns, scale)
+
+
+@jit
+def _sweep_others(chooser_row, other_row, vocab, arguments, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """One pass over both rows: of either the maximum and the sum over the tokens that are not listed."""
+    state = (device.no_statistics(LANES), device.no_statistics(LANES))
+    state = device.walk(chooser_row, other_row, vocab, state, arguments, _fold_others, DEPTH, LANES)
+    return device.add_both(state, arguments[2])
 
 
 @jit
@@ -80,6 +87,7 @@ def _reduced_kernel(
     span,
     temperature: tl.float64,
     capacity,
+    TAIL: tl.constexpr,
     LIST_LANES: tl.constexpr,
     DEPTH: tl.constexpr,
     LANES: tl.constexpr,
@@ -93,16 +101,16 @@ def _reduced_kernel(
     chooser_row = chooser_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
     other_row = other_ptr + device.row_offset(row, size1, size2, other_stride0, other_stride1, other_stride2, ALIGN)
     list_ptr = ids_ptr + row * capacity
-    last_id = tl.load(list_ptr + capacity - 1)
-    exists = (last_id >= 0) & (last_id < vocab)  # else every token is in the tail, and what made the row bad shows
-    last = tl.load(chooser_row + last_id, mask=exists, other=float("inf")).to(tl.float32)
     scale = device.row_scale(row_temperature)
-    lowest = tl.full((LANES,), device.LOWEST, tl.float32)
-    zeros = tl.zeros((LANES,), tl.float32)
-    state = ((lowest, zeros, zeros), (lowest, zeros, zeros))
-    state = device.walk(chooser_row, other_row, vocab, state, (last, last_id, scale), _fold_others, DEPTH, LANES)
-    m, s, _ = device.add_statistics(state[0], scale)
-    other_m, other_s, _ = device.add_statistics(state[1], scale)
+    if TAIL:
+        last_id = tl.load(list_ptr + capacity - 1)
+        exists = (last_id >= 0) & (last_id < vocab)  # else every token is in the tail: what made the row bad shows
+        last = tl.load(chooser_row + last_id, mask=exists, other=float("inf")).to(tl.float32)
+        m, s, other_m, other_s = _sweep_others(chooser_row, other_row, vocab, (last, last_id, scale), DEPTH, LANES)
+    else:
+        _, found, _ = device.sweep(other_row, vocab, scale, DEPTH, LANES)  # the chooser's ids say if it is bad
+        m, s = tl.zeros((), tl.float32) + device.LOWEST, tl.zeros((), tl.float64)
+        other_m, other_s = m, found - found
     place = row * (capacity + 1)
     _write_row(chooser_row, list_ptr, reduced[0] + place, vocab, capacity, m, s, row_temperature, LIST_LANES)
     _write_row(other_row, list_ptr, reduced[1] + place, vocab, capacity, other_m, other_s, row_temperature, LIST_LANES)
@@ -112,13 +120,13 @@ def _reduced_kernel(
     tl.store(tails[3] + row, tl.log(other_s))
 
 
-def _launch(student, teacher, token_ids, by_teacher, mask, temperature, temperatures, outputs) -> None:
-    student_row, teacher_row, *tail = outputs
-    other_tail = [torch.empty_like(x) for x in tail]
-    chooser, other, reduced, tails = student, teacher, (student_row, teacher_row), (*tail, *other_tail)
+def _launch(student, teacher, token_ids, by_teacher, tail, mask, temperature, temperatures, outputs) -> None:
+    student_row, teacher_row, *found = outputs
+    unused = [torch.empty_like(x) for x in found]
+    chooser, other, reduced, tails = student, teacher, (student_row, teacher_row), (*found, *unused)
     if by_teacher:
-        chooser, other, reduced, tails = teacher, student, (teacher_row, student_row), (*other_tail, *tail)
-    rows, capacity = tail[0].numel(), token_ids.shape[-1]
+        chooser, other, reduced, tails = teacher, student, (teacher_row, student_row), (*unused, *found)
+    rows, capacity = found[0].numel(), token_ids.shape[-1]
     align = layout.alignment(chooser, other)
     depth, lanes = layout.pair_tile(chooser)
     with layout.on_device(student):
@@ -137,6 +145,7 @@ def _launch(student, teacher, token_ids, by_teacher, mask, temperature, temperat
             1 if temperatures is None else layout.span(temperatures, rows),
             temperature,
             capacity,
+            TAIL=tail,
             LIST_LANES=min(triton.next_power_of_2(capacity), LIST_LANES),
             DEPTH=depth,
             LANES=lanes,
@@ -151,6 +160,7 @@ def reduced_rows(
     teacher: Tensor,
     token_ids: Tensor,
     by_teacher: bool,
+    tail: bool,
     mask: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
@@ -161,10 +171,11 @@ def reduced_rows(
     entry being the others' mass. Then the student's maximum over the others and their centred log sum, float64.
 
     ``token_ids`` (..., k) are the ``top_ids`` of the teacher if ``by_teacher``, else of the student: its last one's
-    logit tells listed tokens from others. Rows that hold NaN or +inf, or only -inf, hold NaN.
+    logit tells listed tokens from others. Rows that hold NaN or +inf, or only -inf, hold NaN. Without ``tail`` what
+    says of it means nothing, and the row that chose is not read.
     """
     layout.check_temperatures(temperatures, mask, student)
-    arguments = (student, teacher, token_ids, by_teacher, mask, temperature, temperatures)
+    arguments = (student, teacher, token_ids, by_teacher, tail, mask, temperature, temperatures)
     by_triton = serves_both(runs_triton, student, teacher)
     if not (by_triton or serves_both(runs_csrc, student, teacher)):
         return reference.reduced_rows(*arguments)
@@ -176,8 +187,7 @@ def reduced_rows(
             each.zero_()  # masked rows are left as they are
         _launch(*arguments, outputs)
     else:
-        without_chooser = (student, teacher, token_ids, mask, temperature, temperatures)
-        torch.ops.sdkernels_cpu.reduced_rows(*without_chooser, *outputs)
+        torch.ops.sdkernels_cpu.reduced_rows(*arguments, *outputs)
     return outputs
 
 
@@ -198,7 +208,7 @@ def _(student, teacher, token_ids, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    student, _, token_ids, _, mask, ctx.temperature, temperatures = inputs
+    student, _, token_ids, _, _, mask, ctx.temperature, temperatures = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(student, token_ids, mask, temperatures, *output[2:])
@@ -206,12 +216,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, upstream, *_):
     if upstream is None:
-        return (None,) * 7
+        return (None,) * 8
     student, token_ids, mask, temperatures, *tail = ctx.saved_tensors
     if mask is not None:
         upstream = torch.where(mask.unsqueeze(-1), upstream, 0)
     grad = reduced_gradient(student, token_ids, ctx.temperature, temperatures, *tail, upstream.contiguous())
-    return grad, *(None,) * 6
+    return grad, *(None,) * 7
 
 
 reduced_rows.register_autograd(_backward, setup_context=_setup_context)
