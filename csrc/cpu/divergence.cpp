@@ -62,35 +62,40 @@ DivergenceSums kl_sums(const Kernels& kernels, const RowView& logits, const RowV
   return total;
 }
 
+struct Normaliser {
+  float max;
+  double log_sum;  // NaN if the row has no distribution
+};
+
 void divergence_of_row(const Kernels& kernels, const RowView& student, const RowView& teacher, double temperature,
                        const DivergenceOptions& options, const DivergenceResults& results, int64_t row) {
   const float by = scale(temperature);
   const bool by_entries = options.divergence == kJSD || std::isfinite(options.token_clip);
   const bool forward = options.divergence == kForwardKL;
-  DivergenceSums sums;
+  Normaliser of_student, of_teacher;
+  double kl = 0.0;
   if (by_entries) {
     const Statistics p = statistics_of(kernels, student, row, by), q = statistics_of(kernels, teacher, row, by);
-    sums.max = p.max, sums.sum = p.sum, sums.other_max = q.max, sums.other_sum = q.sum;
+    of_student = {p.max, log_of_sum(p.sum)};
+    of_teacher = {q.max, log_of_sum(q.sum)};
   } else {
-    sums = forward ? kl_sums(kernels, teacher, student, by, row) : kl_sums(kernels, student, teacher, by, row);
+    const DivergenceSums sums =
+        forward ? kl_sums(kernels, teacher, student, by, row) : kl_sums(kernels, student, teacher, by, row);
+    const Normaliser weighing = {sums.max, log_of_sum(sums.sum)}, other = {sums.other_max, log_of_sum(sums.other_sum)};
+    kl = sums.impossible ? HUGE_VAL : other.log_sum - weighing.log_sum - sums.cross / (sums.sum * temperature);
+    of_student = forward ? other : weighing;
+    of_teacher = forward ? weighing : other;
   }
-  const double log_sum = log_of_sum(sums.sum), other_log_sum = log_of_sum(sums.other_sum);
-  const double kl = sums.impossible ? HUGE_VAL : other_log_sum - log_sum - sums.cross / (sums.sum * temperature);
-  const bool swapped = forward && !by_entries;
-  results.log_sum[row] = swapped ? other_log_sum : log_sum;
-  results.teacher_log_sum[row] = swapped ? log_sum : other_log_sum;
-  results.max[row] = swapped ? sums.other_max : sums.max;
-  results.teacher_max[row] = swapped ? sums.max : sums.other_max;
-  results.divergence[row] = kl;
-  results.slope[row] = forward ? -1.0 : kl == HUGE_VAL ? kNaN : kl + 1.0;
-  if (log_sum != log_sum || other_log_sum != other_log_sum) {
-    for (double* each : {results.divergence, results.slope, results.log_sum, results.teacher_log_sum}) each[row] = kNaN;
-  } else if (by_entries) {
-    const EntrySums total =
-        sum_entries(kernels, student, teacher, coefficients(options, temperature, results, row), row);
-    results.divergence[row] = total.value;
-    results.slope[row] = total.slope;
-  }
+  const double invalid = 0.0 * (of_student.log_sum + of_teacher.log_sum);
+  results.log_sum[row] = of_student.log_sum + invalid;
+  results.teacher_log_sum[row] = of_teacher.log_sum + invalid;
+  results.max[row] = of_student.max;
+  results.teacher_max[row] = of_teacher.max;
+  EntrySums total = {kl, forward ? -1.0 : kl == HUGE_VAL ? kNaN : kl + 1.0};
+  if (by_entries && invalid == 0.0)
+    total = sum_entries(kernels, student, teacher, coefficients(options, temperature, results, row), row);
+  results.divergence[row] = total.value + invalid;
+  results.slope[row] = total.slope + invalid;
 }
 
 // Of the tokens that are not listed.

@@ -161,6 +161,7 @@ def _divergence_kernel(
 def _launch(student, teacher, mask, temperature, temperatures, divergence, beta, token_clip, results) -> None:
     rows = results[0].numel()
     align = layout.alignment(student, teacher)
+    clipped = not math.isinf(token_clip)
     depth, lanes = layout.pair_tile(student)
     with layout.on_device(student):
         _divergence_kernel[(rows,)](
@@ -178,8 +179,8 @@ def _launch(student, teacher, mask, temperature, temperatures, divergence, beta,
             beta,
             token_clip,
             DIVERGENCE=divergence,
-            CLIPPED=not math.isinf(token_clip),
-            DEPTH=depth,
+            CLIPPED=clipped,
+            DEPTH=1 if clipped else depth,  # an entry's conditions take two scalar registers each on AMD
             LANES=lanes,
             ALIGN=align,
             **layout.sweep_options(),
