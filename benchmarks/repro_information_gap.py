@@ -281,7 +281,8 @@ def show(
     columns = ("nats per token; squared norms of gradients", *(f"step {step}" for step in SHOWN))
     screen.table("Theorem 1 along descent, float64", columns, [cells], {columns[0]})
     hovers, predicted = gaps[STEPS // 2 :].mean(), DRAWN_STEP / 4 * curves["noise"][-1] / len(CONTEXTS)
-    screen.line(f"  one drawn r, second half: {hovers:.4f} above the floor; step / 4 E||delta||^2 is {predicted:.4f}\n")
+    screen.line(f"  one drawn r, second half: {hovers:.4f} above the floor; step / 4 E||delta||^2 / contexts is "
+                f"{predicted:.4f}, the step being {DRAWN_STEP}\n")  # fmt: skip
     settled = sdkernels.opsd_decomposition(student, teacher.samples)
     values = zip(CONTEXTS.items(), teacher.floor.tolist(), (settled.total - teacher.floor).tolist(), strict=True)
     rows = [(name, " ".join(map(str, counts)), f"{floor:.6f}", f"{gap:.1e}")
@@ -322,11 +323,18 @@ def main() -> int:
     columns = ("gradient of", "||g*||^2", "enumerated", "sampled", "covariances", "variances alone")
     with report.Screen(1) as screen:
         show(screen, teacher, curves, given, gaps, student)
-        screen.table("Proposition 1: E||delta||^2", columns, [noise], {columns[0]})
+        screen.line(
+            "  Proposition 1: on one drawn r the gradient is g* + delta, E delta = 0, whatever has been learnt\n"
+        )
+        screen.table(
+            "E||delta||^2, four ways; on logits it is the same for every student", columns, [noise], {columns[0]}
+        )
         screen.line(f"  RLSD, settled student: A_t / A from {scales.min():.2f} to {scales.max():.2f} over all x, y, r: "
                     "r changes an update's length, not its direction\n")  # fmt: skip
         cells = [(x.text, f"{x.found:.1e}", f"{x.allowed:.1e}", "yes" if x.holds else "NO") for x in claims]
-        screen.table("At most", ("claim", "found", "allowed", "holds"), [cells], {"claim"})
+        screen.table(
+            "Claims: found at most what is allowed", ("number", "found", "allowed", "holds"), [cells], {"number"}
+        )
         screen.line(f"{time.perf_counter() - start:.0f} s")
     if path := harness.output_path(arguments.json, "information_gap", cpu, ".json"):
         by_step = {**curves, "given_r": given, "one_drawn_r": gaps.mean(1)}

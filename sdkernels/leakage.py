@@ -24,7 +24,7 @@ LINES = 16  # of the printed table
 
 
 class Leakage(NamedTuple):
-    """Results of `leakage`, float64: nats per kept token, 0-dim or by position (T,), and how many tokens those are.
+    """Results of `estimate_leakage`, float64 in nats per kept token, 0-dim or by position (T,), and how many tokens.
 
     Attributes:
         total: OPSD's expected forward KL.
@@ -44,7 +44,7 @@ class Leakage(NamedTuple):
     tokens: Tensor
 
 
-def leakage(terms: OPSDTerms, mask: Tensor | None = None) -> Leakage:
+def estimate_leakage(terms: OPSDTerms, mask: Tensor | None = None) -> Leakage:
     """Average a decomposition over the kept tokens of a batch: how much of the loss can only leak, and where.
 
     .. math::
@@ -52,7 +52,8 @@ def leakage(terms: OPSDTerms, mask: Tensor | None = None) -> Leakage:
         share = mutual_information / total
 
     R independent samples of r estimate I(Y_t; R) low: by E KL(mean of their P_T || E_r P_T^r) on average, and they give
-    at most log R. Where total is no more than rounding, so is what the share is made of.
+    at most log R, one sample 0; so compare estimates of equal R only. Where total is no more than rounding, so is what
+    the share is made of.
 
     Args:
         terms: of `opsd_decomposition`, each (B, T), or (N,) of one sequence.
@@ -100,8 +101,11 @@ def plot_leakage(found: Leakage, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def read_batch(path: str | os.PathLike[str], temperature: float = 1.0) -> Leakage:
-    """Leakage of a safetensors file: student_logits (B, T, V), teacher_logits (R, B, T, V) and perhaps mask (B, T)."""
+def read_batch(path: str | os.PathLike[str], temperature: float = 1.0) -> tuple[Leakage, int]:
+    """Leakage of a safetensors file, and its number R of samples of r.
+
+    The file holds student_logits (B, T, V), teacher_logits (R, B, T, V) with R >= 2, and perhaps mask (B, T).
+    """
     tensors = load_file(path)
     if set(tensors) - {"mask"} != {"student_logits", "teacher_logits"}:
         raise ValueError(f"{os.fspath(path)} must hold student_logits, teacher_logits and perhaps mask, "
@@ -110,6 +114,8 @@ def read_batch(path: str | os.PathLike[str], temperature: float = 1.0) -> Leakag
     if student.dim() != 3:
         raise ValueError(f"student_logits must have shape (B, T, V), got {tuple(student.shape)}")
     _check.samples_of_logits("teacher_logits", teacher, student)
+    if len(teacher) == 1:
+        raise ValueError("teacher_logits must hold at least 2 samples of r: one tells nothing about what r changes")
     mask = _check.mask("mask", tensors.get("mask"), student.shape[:-1], student)
     terms = OPSDTerms(*torch.zeros(3, *student.shape[:-1], dtype=torch.float64))
     for b in range(len(student)):  # a sequence at a time: the file is mapped and may be larger than the memory
@@ -117,13 +123,17 @@ def read_batch(path: str | os.PathLike[str], temperature: float = 1.0) -> Leakag
         of_sequence = opsd_decomposition(student[b], teacher[:, b], temperature=temperature, mask=keep)
         for values, row in zip(terms, of_sequence, strict=True):
             values[b] = row
-    return leakage(terms, mask)
+    return estimate_leakage(terms, mask), len(teacher)
 
 
-def table(found: Leakage) -> str:
+def table(found: Leakage, samples: int) -> str:
     """What the tool prints: the means, and those of at most 16 ranges of positions."""
     lines = [f"{name:20}{float(getattr(found, name)):12.6f} nats per token" for name in Leakage._fields[:3]]
-    lines += [f"{'share':20}{float(found.share):12.1%}", f"{'kept tokens':20}{int(found.tokens.sum()):12}", ""]
+    lines += [f"{'share':20}{float(found.share):12.1%}", f"{'kept tokens':20}{int(found.tokens.sum()):12}"]
+    lines += [
+        f"{'samples of r':20}{samples:12}, so mutual_information is estimated low, at most {math.log(samples):.4f}",
+        "",
+    ]
     lines.append(f"{'positions':14}{'tokens':>8}{'total':>12}{'mutual_information':>20}")
     width = max(math.ceil(len(found.tokens) / LINES), 1)
     for low in range(0, len(found.tokens), width):
@@ -151,12 +161,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything, position by position")
     arguments = parser.parse_args()
     try:
-        found = read_batch(arguments.batch, arguments.temperature)
+        found, samples = read_batch(arguments.batch, arguments.temperature)
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         parser.error(str(error))
-    print(table(found))
+    print(table(found, samples))
     if arguments.json:
-        arguments.json.write_text(json.dumps({k: plain(v) for k, v in found._asdict().items()}, indent=1) + "\n")
+        values = {name: plain(value) for name, value in found._asdict().items()}
+        arguments.json.write_text(json.dumps({"samples": samples, **values}, indent=1) + "\n")
     if arguments.plot:
         plot_leakage(found, arguments.plot)
 

@@ -79,7 +79,8 @@ def opsd_loss(
         student_logits: (..., V) float64, float32, bfloat16 or float16.
         teacher_logits: (..., V), which get no gradient; a logit of -inf, as of a truncated teacher, is probability 0.
         divergence: "forward_kl", "reverse_kl" or "jsd".
-        beta: the teacher's weight in the JSD, in (0, 1); the KLs have none.
+        beta: the teacher's weight in the JSD, in (0, 1), as in TRL and Liger, whose 0 and 1 are "forward_kl" and
+            "reverse_kl" here. The KLs take no notice of it.
         temperature: T, a number > 0, or a tensor (...), or (...) without time; with `cu_seqlens` (S,).
         top_k: reduce both distributions to the k tokens that `top_k_from` finds most probable, ties by id, and to what
             `tail` says. The tokens are a constant. None or 0, and k >= V, keep all of the vocabulary.
@@ -87,7 +88,8 @@ def opsd_loss(
         tail: True adds one entry, the probability of all other tokens, summed; False renormalises the k.
         token_clip: c > 0 replaces each entry's part l_v of D = sum_v l_v by min(l_v, c), of the JSD both KLs' parts
             together; entries with l_v > c give no gradient. D may then be negative.
-        mask: (...), kept where non-zero; masked rows are not read, their divergence and gradient are 0.
+        mask: (...), kept where non-zero (of labels pass ``labels != -100``); masked rows are not read, their
+            divergence and gradient are 0.
         token_weight: (...) factor on each token's divergence, as SDPO's clipped importance ratio.
         reduction: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum" or "none".
             Sequences without a kept token count, as 0; a batch without any gives 0.

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import INTERPRETED
 
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="float64, which no kernel runs")
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "repro_information_gap.py"
 

@@ -177,6 +177,13 @@ def _(b):
     return mean(weight * (0.5 * kl(log_s, log_m) + 0.5 * kl(log_t, log_m)), b.keep)
 
 
+@truth("GKD")
+def _(b):
+    log_s, log_t = (log_softmax(x[:, :-1], 0.9) for x in (b.z, b.teacher_logits))
+    log_m = (0.7 * log_s.exp() + 0.3 * log_t.exp()).log()
+    return mean(0.7 * kl(log_s, log_m) + 0.3 * kl(log_t, log_m), b.keep[:, 1:])
+
+
 TRUTHS["GRPO + OPSD"] = lambda b: mean(
     ppo(b, b.A) + 0.1 * kl(log_softmax(b.teacher_logits), log_softmax(b.z)), b.keep)  # fmt: skip
 
@@ -302,10 +309,14 @@ def trl_grpo(b, mask=None, advantages=None, **settings):
     return GRPOTrainer._compute_loss(trainer, None, batch)
 
 
-def trl_forward_kl(b):
+def trl_gkd(student, teacher, keep, **options):
     from trl.experimental.gkd import GKDTrainer
 
-    return GKDTrainer.generalized_jsd_loss(b.z, b.teacher_logits, labels=torch.where(b.keep, 0, -100), beta=0)
+    return GKDTrainer.generalized_jsd_loss(student, teacher, labels=torch.where(keep, 0, -100), **options)
+
+
+def trl_forward_kl(b):
+    return trl_gkd(b.z, b.teacher_logits, b.keep, beta=0)
 
 
 def trl_top_k(student, teacher, k, alpha):
@@ -315,6 +326,7 @@ def trl_top_k(student, teacher, k, alpha):
 
 TRL["SDPO"] = lambda b: mean(import_module(SDPO).apply_importance_sampling_clipping(
     trl_top_k(b.z, b.teacher_logits, 100, 0.5), b.token_log_prob, b.old_log_prob, 2.0), b.keep)  # fmt: skip
+TRL["GKD"] = lambda b: trl_gkd(b.z[:, :-1], b.teacher_logits[:, :-1], b.keep[:, 1:], beta=0.3, temperature=0.9)
 TRL["GRPO + OPSD"] = lambda b: trl_grpo(b) + 0.1 * trl_forward_kl(b)
 TRL["Teacher-top-1"] = lambda b: mean(trl_top_k(b.teacher_logits, b.z, 1, 1.0), b.keep)  # KL(first || second)
 TRL["Student-top-1"] = lambda b: mean(trl_top_k(b.z, b.teacher_logits, 1, 0.0), b.keep)
