@@ -44,6 +44,11 @@ inline DivergenceSums divergence_sums(const float* row, const float* other, int6
   return result;
 }
 
+// Only that of -inf is -inf.
+inline Floats log2_softmax(Floats z, float max, float log2_sum, float scale) {
+  return (z < kLowest) ? z : larger(fill(kLowest), (z - max) * scale - log2_sum);
+}
+
 struct Entry {
   Floats value, slope, p;
 };
@@ -52,18 +57,19 @@ struct Entry {
 // of that is between log2 of beta or 1 - beta and 0.
 template <Divergence kDivergence>
 inline Entry divergence_entry(Floats z, Floats z_other, const DivergenceCoefficients& c) {
-  const Floats log2_p = (z - c.max) * c.scale - c.log2_sum;
-  const Floats log2_q = (z_other - c.other_max) * c.scale - c.other_log2_sum;
   if (kDivergence == kJSD) {
-    const Floats floor_p = larger(fill(kFloor), log2_p), floor_q = larger(fill(kFloor), log2_q);
-    const Floats gap = floor_q - floor_p, above = larger(Floats{}, gap), below = -larger(Floats{}, -gap);
-    const Floats ratio = exp2_or_0(below - above), most = exp2_or_0(larger(floor_p, floor_q));
+    const Floats log2_p = larger(fill(kFloor), (z - c.max) * c.scale - c.log2_sum);
+    const Floats log2_q = larger(fill(kFloor), (z_other - c.other_max) * c.scale - c.other_log2_sum);
+    const Floats gap = log2_q - log2_p, above = larger(Floats{}, gap), below = -larger(Floats{}, -gap);
+    const Floats ratio = exp2_or_0(below - above), most = exp2_or_0(larger(log2_p, log2_q));
     const Floats share_p = (gap > 0.0f) ? ratio : fill(1.0f), share_q = (gap > 0.0f) ? fill(1.0f) : ratio;
     const Floats log2_m = log2_normal(c.beta * share_q + c.rest * share_p);
     const Floats p = most * share_p;
     const Floats slope = -c.rest * kLn2 * p * (above + log2_m);
     return {slope + c.beta * kLn2 * most * share_q * (below - log2_m), slope, p};
   }
+  const Floats log2_p = log2_softmax(z, c.max, c.log2_sum, c.scale);
+  const Floats log2_q = log2_softmax(z_other, c.other_max, c.other_log2_sum, c.scale);
   const Floats p = exp2_or_0(log2_p), q = exp2_or_0(log2_q);
   if (kDivergence == kForwardKL) return {relative(q, log2_q, log2_p), -q, p};
   const Floats value = relative(p, log2_p, log2_q);
@@ -118,13 +124,14 @@ inline void divergence_gradient(const float* student, const float* teacher, floa
 inline InformationSums information(const float* student, const LogSoftmax& p, const float* const* teachers,
                                    const LogSoftmax* softmaxes, int64_t samples, int64_t count, float scale) {
   InformationSums result;
-  for (int64_t begin = 0; begin < count; begin += kShortFlush) {
+  const int64_t stretch = samples < 8 ? kShortFlush / samples / kLanes * kLanes : kLanes;
+  for (int64_t begin = 0; begin < count; begin += stretch) {
     Floats total{}, marginal{}, between{};
-    const int64_t end = begin + kShortFlush < count ? begin + kShortFlush : count;
+    const int64_t end = begin + stretch < count ? begin + stretch : count;
     for (int64_t i = begin; i < end; i += kLanes) {
-      const Floats log2_p = (load(student + i) - p.max) * scale - p.log2_sum;
+      const Floats log2_p = log2_softmax(load(student + i), p.max, p.log2_sum, scale);
       auto log2_of = [&](int64_t r) {
-        return (load(teachers[r] + i) - softmaxes[r].max) * scale - softmaxes[r].log2_sum;
+        return log2_softmax(load(teachers[r] + i), softmaxes[r].max, softmaxes[r].log2_sum, scale);
       };
       Floats mean{}, largest = fill(-HUGE_VALF);
       for (int64_t r = 0; r < samples; ++r) {

@@ -254,3 +254,20 @@ def test_the_reference_and_the_library_equal_the_formula(data):
     check(student, teachers, **options)
     if dtype == torch.float64:
         check(student, teachers, reference, **options)
+
+
+@pytest.mark.parametrize("samples", [2, 9])
+def test_a_term_beside_which_the_others_are_small(samples, device):
+    """Each teacher has a token with a term of 20; the 150,000 others are a sum that float32 would lose beside it."""
+    student, teachers = torch.randn(1, FULL, device=device) * 0.5, torch.randn(samples, 1, FULL, device=device) * 0.5
+    student[0, 0], teachers[:, 0, 0] = -8.0, 14.0
+    check(student, teachers)
+
+
+def test_masks_of_the_least_number_are_finite_logits(device):
+    least = torch.finfo(torch.float32).min
+    student = torch.tensor([[3, 0, least, least], [3, 0, -torch.inf, 0]], device=device)
+    teacher = torch.tensor([[1.0, 0, -300, -400], [1, 0, least, least]], device=device)
+    terms = check(student, teacher.unsqueeze(0))
+    assert terms.total[0] < 1
+    assert (terms.total[1:] == torch.inf).all()

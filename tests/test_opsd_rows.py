@@ -211,3 +211,53 @@ def test_the_gradient_of_an_upstream_of_zero_is_zero_even_where_the_divergence_i
         assert (gradient[1] == 0).all()
         assert gradient.isfinite().all()
         assert output.divergence[1].isinf() == (chosen["divergence"] == "reverse_kl")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("chosen", CHOSEN, ids=name)
+def test_a_temperature_of_a_masked_token_is_not_used(chosen, dtype, device):
+    student, teacher = pair("gaussian", 2, 111, dtype, device)
+    mask, upstream = torch.tensor([1, 0], device=device), torch.ones(2, device=device)
+    expected = run(student, teacher, on_divergence=upstream, mask=mask, temperature=0.7, **chosen)
+    for bad in (0.0, torch.nan):
+        temperature = torch.tensor([0.7, bad], dtype=torch.float64, device=device)
+        assert_same_results(
+            run(student, teacher, on_divergence=upstream, mask=mask, temperature=temperature, **chosen), expected
+        )
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("divergence", SIMPLE, ids=name)
+def test_masks_of_the_least_number_exclude_no_more_than_they_must(divergence, dtypes, device):
+    """As attention and padding masks have it: such logits are finite, and their difference counts where P > 0."""
+    for student, teacher in (([3, 0, -300], [1, 0, None]), ([3, 0, None], [1, 0, -300]), ([3, 0, None], [1, 0, None])):
+        given = [
+            torch.tensor([[torch.finfo(dtype).min if x is None else x for x in row]], dtype=dtype, device=device)
+            for row, dtype in zip((student, teacher), dtypes, strict=True)
+        ]
+        for clip in ({}, {"token_clip": 100.0}):
+            check(*given, **divergence, **clip)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
+def test_a_bad_row_without_upstream_gradient_is_nan_too(side, dtype, device):
+    both = pair("gaussian", 2, 111, dtype, device)
+    both[side][0, 5] = torch.nan
+    _, gradient = run(*both, on_divergence=torch.tensor([0.0, 1.0], device=device))
+    assert gradient[0].isnan().all()
+    assert gradient[1].isfinite().all()
+
+
+def test_a_beta_that_float32_does_not_hold(device):
+    student, teacher = (torch.tensor([x], device=device) for x in ([-300.0, 0.0], [0.0, -300.0]))
+    for beta in (1e-46, 1 - 2**-53):
+        check(student, teacher, divergence="jsd", beta=beta)
+
+
+def test_a_term_beside_which_the_others_are_small(device):
+    """150,000 entries of 1e-6 after one of 20 are 0.15, which a float32 sum would lose."""
+    student, teacher = (torch.randn(1, FULL, device=device) * 0.5 for _ in range(2))
+    student[0, 0], teacher[0, 0] = -8.0, 14.0
+    for chosen in ({}, {"token_clip": 1e3}):
+        check(student, teacher, **chosen)

@@ -254,13 +254,14 @@ void reduced_gradient(const Kernels& kernels, const RowView& student, const RowA
       const double temperature = arguments.temperature_of(row);
       const float* entries = upstream + row * (capacity + 1);
       // A row whose gradient is NaN has it in every entry, and so in the first.
-      const float on_tail = static_cast<float>(entries[capacity] / temperature) + (entries[0] - entries[0]);
+      const float on_tail = entries[capacity] + (entries[0] - entries[0]);
       if (on_tail == 0.0f || (saved.tail_log_sum[row] == -HUGE_VAL && on_tail == on_tail))
         std::memset(grad.at(row, 0), 0, grad.vocab * grad.element_size());
       else
-        kernels.rows[student.dtype].gradient(student.at(row, 0), grad.at(row, 0), student.vocab,
-                                             {saved.tail_max[row], scale(temperature),
-                                              static_cast<float>(kLog2E * saved.tail_log_sum[row]), on_tail, 0.0f});
+        kernels.rows[student.dtype].gradient(
+            student.at(row, 0), grad.at(row, 0), student.vocab,
+            {saved.tail_max[row], scale(temperature), static_cast<float>(kLog2E * saved.tail_log_sum[row]),
+             static_cast<float>(on_tail / temperature), 0.0f});
       for (int64_t i = 0; i < capacity; ++i) {
         const int64_t id = token_ids[row * capacity + i];
         if (0 <= id && id < student.vocab) set_element(grad, row, id, static_cast<float>(entries[i] / temperature));

@@ -54,7 +54,8 @@ def row_divergence(
     value, slope = entries(log_p, log_q, divergence, beta)
     clipped = value > token_clip
     fields = (value.masked_fill(clipped, token_clip), slope.masked_fill(clipped, 0))
-    columns = (*map(row_sum, fields), log_sum, teacher_log_sum, m, teacher_m)
+    invalid = 0 * (log_sum + teacher_log_sum)
+    columns = (*map(row_sum, fields), log_sum + invalid, teacher_log_sum + invalid, m, teacher_m)
     results = [x.squeeze(-1) if mask is None else torch.where(mask, x.squeeze(-1), 0) for x in columns]
     dtype = torch.promote_types(student.dtype, torch.float32)
     return (*results[:4], *(x.to(dtype) for x in results[4:]))
@@ -103,10 +104,11 @@ def reduced_rows(
         z, t = scaled(logits.double(), temperature, temperatures)
         z = z + torch.where(z.amax(-1, keepdim=True) < torch.inf, 0.0, torch.nan)
         rest = z.scatter(-1, ids, -torch.inf)
-        tail_m = rest.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        tail_log_sum = row_sum(((rest - tail_m) / t).exp()).log()
         listed = z.gather(-1, ids).masked_fill(missing, torch.nan)
-        m = listed.amax(-1, keepdim=True).maximum(tail_m)
+        m = (z if tail else listed).amax(-1, keepdim=True)
+        tail_m = rest.amax(-1, keepdim=True)
+        tail_m = tail_m.masked_fill(tail_m == -torch.inf, 0)
+        tail_log_sum = row_sum(((rest - tail_m) / t).exp()).log()
         reduced = torch.cat([(listed - m) / t, (tail_m - m) / t + tail_log_sum], -1)
         results.append([reduced, tail_m.squeeze(-1), tail_log_sum.squeeze(-1)])
     (student_row, tail_m, tail_log_sum), (teacher_row, _, _) = results
@@ -135,7 +137,8 @@ def reduced_gradient(
     missing = token_ids < 0
     ids = token_ids.long().masked_fill(missing, 0)
     listed = torch.where(missing, grad.gather(-1, ids), upstream[..., :-1].double())
-    return (grad.scatter(-1, ids, listed) / t).to(student.dtype)
+    grad = grad.scatter(-1, ids, listed)
+    return (grad / t).masked_fill(grad == 0, 0).to(student.dtype)  # T may be 0 where masked
 
 
 def row_information(

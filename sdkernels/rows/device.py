@@ -196,34 +196,61 @@ def relative(log2_p, log2_q):
 
 
 @jit
-def shares(beta):
-    """beta and 1 - beta, float32."""
-    beta = tl.zeros((), tl.float64) + beta
-    return beta.to(tl.float32), (1 - beta).to(tl.float32)
+def add_exactly(total, lost, value):
+    """A running sum in two parts, its value and what rounding has lost of it."""
+    new = total + value
+    added = new - total
+    return new, lost + ((total - (new - added)) + (value - added))
 
 
 @jit
-def divergence_entry(log2_p, log2_q, beta, DIVERGENCE: tl.constexpr):
-    """A token's part l of D = sum l, from log2 P_S and log2 P_T, and dl / dlog P_S; `beta` is what `shares` returns.
+def add_parts(total, lost):
+    """The sum over lanes of running sums in two parts; infinite ones have lost nothing."""
+    return tl.sum(tl.where(lost == lost, total.to(tl.float64) + lost, total), 0)
 
-    Of the JSD with M relative to the larger of both: log2 of that is between log2 of beta or 1 - beta and 0.
+
+@jit
+def shares(beta):
+    """beta and 1 - beta, float32, and not 0."""
+    beta = tl.zeros((), tl.float64) + beta
+    return tl.maximum(beta.to(tl.float32), 1e-37), tl.maximum((1 - beta).to(tl.float32), 1e-37)
+
+
+@jit
+def log2_softmax(z, normaliser, scale):
+    """log2 P of logits, from their row's maximum and log2 sum; only that of -inf is -inf."""
+    m, log2_sum = normaliser
+    return tl.where(z == float("-inf"), z, tl.maximum((z - m) * scale - log2_sum, LOWEST))
+
+
+@jit
+def divergence_entry(z, other, student, teacher, scale, beta, DIVERGENCE: tl.constexpr):
+    """A token's part l of D = sum l, dl / dlog P_S and P_S, from its logits and the rows' normalisers.
+
+    `beta` is what `shares` returns. Of the JSD with M relative to the larger of both probabilities: log2 of that is
+    between log2 of beta or 1 - beta and 0.
     """
     if DIVERGENCE == "jsd":
-        floor_p, floor_q = tl.maximum(log2_p, FLOOR), tl.maximum(log2_q, FLOOR)
-        gap = floor_q - floor_p
+        log2_p = tl.maximum((z - student[0]) * scale - student[1], FLOOR)
+        log2_q = tl.maximum((other - teacher[0]) * scale - teacher[1], FLOOR)
+        gap = log2_q - log2_p
         ratio = tl.exp2(-tl.abs(gap))
-        larger = tl.exp2(tl.maximum(floor_p, floor_q))
+        larger = tl.exp2(tl.maximum(log2_p, log2_q))
         p, q = tl.where(gap > 0, ratio, 1.0), tl.where(gap > 0, 1.0, ratio)
         log2_m = tl.log2(beta[0] * q + beta[1] * p)
-        slope = -beta[1] * LN2 * larger * p * (tl.maximum(gap, 0.0) + log2_m)
+        p *= larger
+        slope = -beta[1] * LN2 * p * (tl.maximum(gap, 0.0) + log2_m)
         value = slope + beta[0] * LN2 * larger * q * (tl.minimum(gap, 0.0) - log2_m)
-    elif DIVERGENCE == "forward_kl":
-        slope = -tl.exp2(log2_q)
-        value = relative(log2_q, log2_p)
     else:
-        value = relative(log2_p, log2_q)
-        slope = value + tl.exp2(log2_p)
-    return value, slope
+        log2_p, log2_q = log2_softmax(z, student, scale), log2_softmax(other, teacher, scale)
+        p = tl.exp2(log2_p)
+        if DIVERGENCE == "forward_kl":
+            slope = -tl.exp2(log2_q)
+            value = relative(log2_q, log2_p)
+        else:
+            value = relative(log2_p, log2_q)
+            slope = value + p
+    return value, slope, p
 
 
 @jit

@@ -60,13 +60,13 @@ def _sweep_kl(row_ptr, other_row, vocab, temperature, DEPTH: tl.constexpr, LANES
 @jit
 def _fold_entries(state, z, other, arguments, DIVERGENCE: tl.constexpr):
     """Tiles of student and teacher logits into lanes of the sums of clipped entries and of their slopes."""
-    values, slopes = state
+    values, lost_values, slopes, lost_slopes = state
     student, teacher, scale, beta, clip = arguments
-    log2_p, log2_q = (z - student[0]) * scale - student[1], (other - teacher[0]) * scale - teacher[1]
-    value, slope = device.divergence_entry(log2_p, log2_q, beta, DIVERGENCE)
+    value, slope, _ = device.divergence_entry(z, other, student, teacher, scale, beta, DIVERGENCE)
     clipped = value > clip
-    values += tl.sum(tl.where(clipped, clip, value), 0)
-    return values, slopes + tl.sum(tl.where(clipped, 0.0, slope), 0)
+    values, lost_values = device.add_exactly(values, lost_values, tl.sum(tl.where(clipped, clip, value), 0))
+    slopes, lost_slopes = device.add_exactly(slopes, lost_slopes, tl.sum(tl.where(clipped, 0.0, slope), 0))
+    return values, lost_values, slopes, lost_slopes
 
 
 @jit
@@ -89,14 +89,14 @@ def _sweep_entries(student_row, teacher_row, vocab, arguments, DIVERGENCE: tl.co
                    LANES: tl.constexpr):  # fmt: skip
     """One pass over both rows, whose maxima and log sums are known: sum l and sum dl / dlog P_S."""
     zeros = tl.zeros((LANES,), tl.float32)
-    state = (zeros, zeros)
+    state = (zeros, zeros, zeros, zeros)
     if DIVERGENCE == "forward_kl":
-        values, slopes = device.walk(student_row, teacher_row, vocab, state, arguments, _fold_forward_kl, DEPTH, LANES)
+        state = device.walk(student_row, teacher_row, vocab, state, arguments, _fold_forward_kl, DEPTH, LANES)
     elif DIVERGENCE == "reverse_kl":
-        values, slopes = device.walk(student_row, teacher_row, vocab, state, arguments, _fold_reverse_kl, DEPTH, LANES)
+        state = device.walk(student_row, teacher_row, vocab, state, arguments, _fold_reverse_kl, DEPTH, LANES)
     else:
-        values, slopes = device.walk(student_row, teacher_row, vocab, state, arguments, _fold_jsd, DEPTH, LANES)
-    return tl.sum(values.to(tl.float64), 0), tl.sum(slopes.to(tl.float64), 0)
+        state = device.walk(student_row, teacher_row, vocab, state, arguments, _fold_jsd, DEPTH, LANES)
+    return device.add_parts(state[0], state[1]), device.add_parts(state[2], state[3])
 
 
 @jit(**layout.unspecialised("", "teacher_"))
@@ -122,6 +122,7 @@ def _divergence_kernel(
     DIVERGENCE: tl.constexpr,
     CLIPPED: tl.constexpr,
     DEPTH: tl.constexpr,
+    ENTRY_DEPTH: tl.constexpr,
     LANES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -142,7 +143,7 @@ def _divergence_kernel(
         student = (m, (tl.log(s) * device.LOG2E).to(tl.float32))
         teacher = (teacher_m, (tl.log(teacher_s) * device.LOG2E).to(tl.float32))
         arguments = (student, teacher, scale, device.shares(beta), clip)
-        value, slope = _sweep_entries(student_row, teacher_row, vocab, arguments, DIVERGENCE, DEPTH, LANES)
+        value, slope = _sweep_entries(student_row, teacher_row, vocab, arguments, DIVERGENCE, ENTRY_DEPTH, LANES)
     elif DIVERGENCE == "forward_kl":
         teacher_m, teacher_s, m, s, value = _sweep_kl(teacher_row, student_row, vocab, row_temperature, DEPTH, LANES)
         slope = tl.zeros((), tl.float64) - 1
@@ -180,7 +181,8 @@ def _launch(student, teacher, mask, temperature, temperatures, divergence, beta,
             token_clip,
             DIVERGENCE=divergence,
             CLIPPED=clipped,
-            DEPTH=1 if clipped else depth,  # an entry's conditions take two scalar registers each on AMD
+            DEPTH=depth,
+            ENTRY_DEPTH=min(depth, 1 if clipped else 2),  # conditions take two scalar registers each on AMD
             LANES=lanes,
             ALIGN=align,
             **layout.sweep_options(),

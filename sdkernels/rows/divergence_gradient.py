@@ -19,13 +19,13 @@ def _write_block(student_row, teacher_row, grad_row, columns, vocab, flows, row,
     """on (g - G P_S) of a block."""
     g = tl.zeros((columns.shape[0],), tl.float32)
     if flows:
-        m, log2_sum, teacher_m, teacher_log2_sum, scale, beta, clip, slope, on = row
-        log2_p = (device.load_block(student_row, columns, vocab, WHOLE) - m) * scale - log2_sum
-        log2_q = (device.load_block(teacher_row, columns, vocab, WHOLE) - teacher_m) * scale - teacher_log2_sum
-        value, on_log_p = device.divergence_entry(log2_p, log2_q, beta, DIVERGENCE)
+        student, teacher, scale, beta, clip, slope, on = row
+        z = device.load_block(student_row, columns, vocab, WHOLE)
+        other = device.load_block(teacher_row, columns, vocab, WHOLE)
+        value, on_log_p, p = device.divergence_entry(z, other, student, teacher, scale, beta, DIVERGENCE)
         if CLIPPED:
             on_log_p = tl.where(value > clip, 0.0, on_log_p)
-        g = on * (on_log_p - slope * tl.exp2(log2_p))
+        g = on * (on_log_p - slope * p)
     device.store_block(grad_row, columns, vocab, g, WHOLE)
 
 
@@ -68,10 +68,8 @@ def _divergence_gradient_kernel(
     upstream = tl.load(upstream_ptr + row)
     log_sum = tl.load(statistics[1] + row)
     coefficients = (
-        tl.load(statistics[3] + row),
-        (log_sum * device.LOG2E).to(tl.float32),
-        tl.load(statistics[4] + row),
-        (tl.load(statistics[2] + row) * device.LOG2E).to(tl.float32),
+        (tl.load(statistics[3] + row), (log_sum * device.LOG2E).to(tl.float32)),
+        (tl.load(statistics[4] + row), (tl.load(statistics[2] + row) * device.LOG2E).to(tl.float32)),
         device.row_scale(row_temperature),
         device.shares(beta),
         clip,

@@ -12,33 +12,37 @@ from sdkernels.rows.implementations import runs_csrc, runs_triton, serves_both
 
 
 @jit
-def _log2_softmax(row_ptr, columns, vocab, m, log2_sum, scale, WHOLE: tl.constexpr):
-    return (device.load_block(row_ptr, columns, vocab, WHOLE) - m) * scale - log2_sum
+def _log2_q(teacher_rows, sums_ptr, r, columns, vocab, arguments, WHOLE: tl.constexpr):
+    """log2 of the probabilities that the teacher with sample r gives a block's tokens."""
+    _, sample_stride, scale = arguments
+    normaliser = (tl.load(sums_ptr + 2 * r), tl.load(sums_ptr + 2 * r + 1))
+    z = device.load_block(teacher_rows + r * sample_stride, columns, vocab, WHOLE)
+    return device.log2_softmax(z, normaliser, scale)
 
 
 @jit
 def _fold_block(state, student_row, teacher_rows, sums_ptr, columns, vocab, student, arguments, WHOLE: tl.constexpr):
     """A block of all rows into lanes of the three sums; the teachers are read twice, the second time from a cache."""
-    total, marginal, information = state
-    samples, sample_stride, scale = arguments
-    log2_p = _log2_softmax(student_row, columns, vocab, student[0], student[1], scale, WHOLE)
-    mean = tl.zeros(columns.shape, tl.float32)
-    largest = tl.full(columns.shape, float("-inf"), tl.float32)
+    samples, _, scale = arguments
+    log2_p = device.log2_softmax(device.load_block(student_row, columns, vocab, WHOLE), student, scale)
+    zeros = tl.zeros(columns.shape, tl.float32)
+    total, mean, information, largest = zeros, zeros, zeros, zeros + float("-inf")
     for r in range(samples):
-        m, log2_sum = tl.load(sums_ptr + 2 * r), tl.load(sums_ptr + 2 * r + 1)
-        log2_q = _log2_softmax(teacher_rows + r * sample_stride, columns, vocab, m, log2_sum, scale, WHOLE)
+        log2_q = _log2_q(teacher_rows, sums_ptr, r, columns, vocab, arguments, WHOLE)
         total += device.relative(log2_q, log2_p)
         mean += tl.exp2(log2_q)
         largest = tl.maximum(largest, log2_q)
     mean /= samples
     # Where the mean underflows its logarithm counts nothing, but whether it is 0 does: the largest tells.
     log2_mean = tl.where(mean == 0, largest, tl.log2(mean))
-    marginal += device.relative(log2_mean, log2_p)
     for r in range(samples):
-        m, log2_sum = tl.load(sums_ptr + 2 * r), tl.load(sums_ptr + 2 * r + 1)
-        log2_q = _log2_softmax(teacher_rows + r * sample_stride, columns, vocab, m, log2_sum, scale, WHOLE)
+        log2_q = _log2_q(teacher_rows, sums_ptr, r, columns, vocab, arguments, WHOLE)
         information += device.relative(log2_q, log2_mean)
-    return total, marginal, information
+    sums, lost = state
+    total, lost_total = device.add_exactly(sums[0], lost[0], total)
+    marginal, lost_marginal = device.add_exactly(sums[1], lost[1], device.relative(log2_mean, log2_p))
+    information, lost_information = device.add_exactly(sums[2], lost[2], information)
+    return (total, marginal, information), (lost_total, lost_marginal, lost_information)
 
 
 @jit(**layout.unspecialised("", "teacher_"))
@@ -89,15 +93,16 @@ def _information_kernel(
     arguments = (samples, sample_stride, scale)
     lanes = tl.arange(0, LANES)
     zeros = tl.zeros((LANES,), tl.float32)
-    state = (zeros, zeros, zeros)
+    state = ((zeros, zeros, zeros), (zeros, zeros, zeros))
     whole = vocab // LANES * LANES
     for start in range(0, whole, LANES):
         state = _fold_block(state, student_row, teacher_rows, row_sums, start + lanes, vocab, student, arguments, True)
     if whole < vocab:
         state = _fold_block(state, student_row, teacher_rows, row_sums, whole + lanes, vocab, student, arguments, False)
-    tl.store(results[0] + row, tl.sum(state[0].to(tl.float64), 0) / samples + invalid)
-    tl.store(results[1] + row, tl.sum(state[1].to(tl.float64), 0) + invalid)
-    tl.store(results[2] + row, tl.sum(state[2].to(tl.float64), 0) / samples + invalid)
+    sums, lost = state
+    tl.store(results[0] + row, device.add_parts(sums[0], lost[0]) / samples + invalid)
+    tl.store(results[1] + row, device.add_parts(sums[1], lost[1]) + invalid)
+    tl.store(results[2] + row, device.add_parts(sums[2], lost[2]) / samples + invalid)
 
 
 def _launch(student, teachers, mask, temperature, temperatures, results) -> None:

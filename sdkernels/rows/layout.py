@@ -134,7 +134,8 @@ def tile(rows: Tensor) -> tuple[int, int]:
 def pair_tile(rows: Tensor) -> tuple[int, int]:
     """The same for two rows side by side, 4 logits of a line a thread: more lanes of several sums each would spill."""
     lanes = 4 * THREADS
-    return 2 if rows.shape[-1] > lanes else 1, lanes
+    lines = -(-rows.shape[-1] // lanes)
+    return min(4, 1 << (lines - 1).bit_length()), lanes
 
 
 def empty_rows(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -50,12 +50,13 @@ def _reduced_gradient_kernel(
     row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
     entries = upstream_ptr + row.to(tl.int64) * (capacity + 1)
     first = tl.load(entries)  # NaN in every entry of a row whose gradient is NaN, and so in this one
-    on_tail = (tl.load(entries + capacity) / row_temperature).to(tl.float32) + (first - first)
+    on_tail = tl.load(entries + capacity) + (first - first)
     log_sum = tl.load(tail[1] + row)
     if (on_tail == 0) | ((log_sum == float("-inf")) & (on_tail == on_tail)):
         device.fill_block(grad_row, start, columns, vocab, 0.0)
     else:
         m = tl.load(tail[0] + row)
+        on_tail = (on_tail / row_temperature).to(tl.float32)
         log2_sum = (log_sum * device.LOG2E).to(tl.float32)
         scale = device.row_scale(row_temperature)
         if start + BLOCK <= vocab:
