@@ -19,17 +19,18 @@ def _fold(state, z, other, columns, scale):
     """Tiles of logits of a row and of another one into lanes of running sums.
 
     The lanes: the row's maximum m, the sums of e = 2^y and of e (x' - x), x the centred logit, y the same scaled and x'
-    the other row's; the other row's maximum and the sum of 2^y'.
+    the other row's; the other row's maximum and the sum of 2^y'; the row's largest logit where the other's is -inf.
     """
-    m, s, cross, other_m, other_s = state
+    m, s, cross, other_m, other_s, excluded = state
     new_m = tl.maximum(m, tl.max(z, 0))
     new_other_m = tl.maximum(other_m, tl.max(other, 0))
     x, other_x = z - new_m[None, :], other - new_other_m[None, :]
     e = tl.exp2(x * scale)
-    impossible = (z > float("-inf")) & (other == float("-inf"))
-    crossed = tl.where(impossible, float("-inf"), tl.where(e == 0, 0.0, e * (other_x - x)))
+    gap = tl.maximum(other_x, device.LOWEST) - tl.maximum(x, device.LOWEST)  # finite, so that e = 0 takes it out
     m, s, cross, other_m, other_s = _centred((m, s, cross, other_m, other_s), new_m, new_other_m, scale)
-    return m, s + tl.sum(e, 0), cross + tl.sum(crossed, 0), other_m, other_s + tl.sum(tl.exp2(other_x * scale), 0)
+    excluded = tl.maximum(excluded, tl.max(tl.where(other == float("-inf"), z, float("-inf")), 0))
+    other_s += tl.sum(tl.exp2(other_x * scale), 0)
+    return m, s + tl.sum(e, 0), cross + tl.sum(e * gap, 0), other_m, other_s, excluded
 
 
 @jit
@@ -48,13 +49,13 @@ def _sweep_kl(row_ptr, other_row, vocab, temperature, DEPTH: tl.constexpr, LANES
     scale = device.row_scale(temperature)
     lowest = tl.full((LANES,), device.LOWEST, tl.float32)
     zeros = tl.zeros((LANES,), tl.float32)
-    state = (lowest, zeros, zeros, lowest, zeros)
-    state = device.walk(row_ptr, other_row, vocab, state, scale, _fold, DEPTH, LANES)
-    row_m, row_other_m = tl.max(state[0], 0), tl.max(state[3], 0)
-    m, s, cross, other_m, other_s = _centred(state, row_m, row_other_m, scale)
+    state = (lowest, zeros, zeros, lowest, zeros, zeros + float("-inf"))
+    m, s, cross, other_m, other_s, excluded = device.walk(row_ptr, other_row, vocab, state, scale, _fold, DEPTH, LANES)
+    row_m, row_other_m = tl.max(m, 0), tl.max(other_m, 0)
+    m, s, cross, other_m, other_s = _centred((m, s, cross, other_m, other_s), row_m, row_other_m, scale)
     s, other_s = device.add_lanes(s), device.add_lanes(other_s)
     kl = tl.log(other_s) - tl.log(s) - tl.sum(cross.to(tl.float64), 0) / (s * temperature)
-    return m, s, other_m, other_s, kl
+    return m, s, other_m, other_s, tl.where(tl.max(excluded, 0) > float("-inf"), float("inf"), kl)
 
 
 @jit
