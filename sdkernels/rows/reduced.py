@@ -147,7 +147,7 @@ def _launch(student, teacher, token_ids, by_teacher, tail, mask, temperature, te
             capacity,
             TAIL=tail,
             LIST_LANES=min(triton.next_power_of_2(capacity), LIST_LANES),
-            DEPTH=depth,
+            DEPTH=min(depth, 2),  # conditions take two scalar registers each on AMD
             LANES=lanes,
             ALIGN=align,
             **layout.sweep_options(),
