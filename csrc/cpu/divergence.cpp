@@ -178,22 +178,6 @@ void information_of_row(const Kernels& kernels, const RowView& student, const st
   results.information[row] = sums.information;
 }
 
-// Calls body(row) on the kept rows, and on the others set_zero(row).
-template <class Body, class Zero>
-void for_kept_rows(const RowView& logits, const RowArguments& arguments, const ParallelFor& parallel_for,
-                   const Body& body, const Zero& set_zero) {
-  std::vector<int64_t> kept;  // masked rows cost nothing, so they must not unbalance the threads
-  for (int64_t row = 0; row < logits.rows(); ++row) {
-    if (arguments.keeps(row))
-      kept.push_back(row);
-    else
-      set_zero(row);
-  }
-  parallel_for(kept.size(), grain(logits), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) body(kept[i]);
-  });
-}
-
 }  // namespace
 
 void row_divergence(const Kernels& kernels, const RowView& student, const RowView& teacher,

@@ -126,13 +126,9 @@ const Kernels* find_kernels(const std::string& name) {
 
 void row_statistics(const Kernels& kernels, const RowView& logits, const RowArguments& arguments,
                     const RowResults& results, const ParallelFor& parallel_for, int threads) {
-  std::vector<int64_t> kept;  // masked rows cost nothing, so they must not unbalance the threads
-  for (int64_t row = 0; row < logits.rows(); ++row) {
-    if (arguments.keeps(row))
-      kept.push_back(row);
-    else
-      results.log_prob[row] = results.entropy[row] = results.max[row] = results.log_sum[row] = 0.0f;
-  }
+  const std::vector<int64_t> kept = kept_rows(logits, arguments, [&](int64_t row) {
+    results.log_prob[row] = results.entropy[row] = results.max[row] = results.log_sum[row] = 0.0f;
+  });
   const int64_t count = static_cast<int64_t>(kept.size());
   const int64_t splits = (logits.vocab + kSplit - 1) / kSplit;
   auto scale_of = [&](int64_t row) { return scale(arguments.temperature_of(row)); };

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "rows_abi.h"
 
@@ -73,6 +74,30 @@ float scale(double temperature);
 
 // How many rows are worth a thread.
 int64_t grain(const RowView& logits);
+
+// The rows that count, set_zero(row) having been called on the others: masked rows cost nothing, so they must not
+// unbalance the threads.
+template <class Zero>
+std::vector<int64_t> kept_rows(const RowView& logits, const RowArguments& arguments, const Zero& set_zero) {
+  std::vector<int64_t> kept;
+  for (int64_t row = 0; row < logits.rows(); ++row) {
+    if (arguments.keeps(row))
+      kept.push_back(row);
+    else
+      set_zero(row);
+  }
+  return kept;
+}
+
+// Calls body(row) on the rows that count, and set_zero(row) on the others.
+template <class Body, class Zero>
+void for_kept_rows(const RowView& logits, const RowArguments& arguments, const ParallelFor& parallel_for,
+                   const Body& body, const Zero& set_zero) {
+  const std::vector<int64_t> kept = kept_rows(logits, arguments, set_zero);
+  parallel_for(kept.size(), grain(logits), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) body(kept[i]);
+  });
+}
 
 // Of a whole row, in parts whose boundaries are always the same.
 Statistics statistics_of(const Kernels& kernels, const RowView& logits, int64_t row, float scale);

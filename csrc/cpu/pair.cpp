@@ -2,7 +2,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
 
 #include "blocks.h"
 
@@ -123,23 +122,14 @@ void dense_gradient(const Kernels& kernels, const RowView& student, const RowVie
 
 void pair_statistics(const Kernels& kernels, const RowView& student, const RowArguments& arguments, const Pair& pair,
                      const PairResults& results, const ParallelFor& parallel_for) {
-  std::vector<int64_t> kept;  // masked rows cost nothing, so they must not unbalance the threads
-  for (int64_t row = 0; row < student.rows(); ++row) {
-    if (arguments.keeps(row))
-      kept.push_back(row);
-    else
-      set_zero(row, results);
-  }
-  parallel_for(kept.size(), grain(student), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const double temperature = arguments.temperature_of(kept[i]);
-      const bool listed = pair.listed(kept[i]);
-      const PairStatistics r =
-          listed ? listed_statistics(kernels, student, pair, temperature, kept[i])
-                 : dense_statistics(kernels, student, *pair.base, scales(arguments, pair, kept[i]), kept[i]);
-      finish_row(r, listed, temperature, kept[i], results);
-    }
-  });
+  auto compute = [&](int64_t row) {
+    const double temperature = arguments.temperature_of(row);
+    const bool listed = pair.listed(row);
+    const PairStatistics r = listed ? listed_statistics(kernels, student, pair, temperature, row)
+                                    : dense_statistics(kernels, student, *pair.base, scales(arguments, pair, row), row);
+    finish_row(r, listed, temperature, row, results);
+  };
+  for_kept_rows(student, arguments, parallel_for, compute, [&](int64_t row) { set_zero(row, results); });
 }
 
 void pair_gradient(const Kernels& kernels, const RowView& student, const RowArguments& arguments, const Pair& pair,
