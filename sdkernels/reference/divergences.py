@@ -71,9 +71,6 @@ def divergence_gradient(
     token_clip: float,
     slope: Tensor,
     log_sum: Tensor,
-    teacher_log_sum: Tensor,
-    max: Tensor,
-    teacher_max: Tensor,
     upstream: Tensor,
 ) -> Tensor:
     """See ``sdkernels.rows.divergence_gradient.divergence_gradient``."""
@@ -90,7 +87,6 @@ def reduced_rows(
     student: Tensor,
     teacher: Tensor,
     token_ids: Tensor,
-    by_teacher: bool,
     tail: bool,
     mask: Tensor | None,
     temperature: float,

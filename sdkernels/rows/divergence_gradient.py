@@ -146,7 +146,7 @@ def divergence_gradient(
     elif serves_both(runs_csrc, student, teacher):
         torch.ops.sdkernels_cpu.divergence_gradient(*arguments, *options, *statistics, upstream, grad)
     else:
-        grad.copy_(reference.divergence_gradient(*arguments, *options, *statistics, upstream))
+        grad.copy_(reference.divergence_gradient(*arguments, *options, slope, log_sum, upstream))
     return grad
 
 

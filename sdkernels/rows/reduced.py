@@ -178,7 +178,7 @@ def reduced_rows(
     arguments = (student, teacher, token_ids, by_teacher, tail, mask, temperature, temperatures)
     by_triton = serves_both(runs_triton, student, teacher)
     if not (by_triton or serves_both(runs_csrc, student, teacher)):
-        return reference.reduced_rows(*arguments)
+        return reference.reduced_rows(student, teacher, token_ids, tail, mask, temperature, temperatures)
     outputs = _empty_results(student, teacher, token_ids)
     if student.shape[:-1].numel() == 0:
         return outputs
