@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sdkernels import _check
 from sdkernels.opsd import OPSDTerms, opsd_decomposition
+from sdkernels.reductions import reduce
 
 LINES = 16  # of the printed table
 
@@ -77,10 +78,10 @@ def estimate_leakage(terms: OPSDTerms, mask: Tensor | None = None) -> Leakage:
     mask = _check.mask("mask", mask, shape, terms.total)
     keep = torch.ones(shape, dtype=torch.bool, device=terms.total.device) if mask is None else mask
     tokens = keep.long().sum_to_size(shape[-1:])
-    sums = [torch.where(keep, x, 0).double().sum_to_size(shape[-1:]) for x in terms]
-    total, marginal_kl, information = (x.sum() / tokens.sum().clamp(min=1) for x in sums)
+    values = [torch.where(keep, x, 0).double() for x in terms]
+    total, marginal_kl, information = (reduce(x, keep, "token-mean") for x in values)
     share = torch.where(total == 0, 0, information / total)
-    total_at, information_at = (x / tokens.clamp(min=1) for x in (sums[0], sums[2]))
+    total_at, information_at = (values[i].sum_to_size(shape[-1:]) / tokens.clamp(min=1) for i in (0, 2))
     return Leakage(total, marginal_kl, information, share, total_at, information_at, tokens)
 
 
