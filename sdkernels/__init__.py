@@ -2,6 +2,15 @@
 
 from sdkernels.evidence import EvidenceAdvantage, evidence_weighted_advantage
 from sdkernels.grpo import GRPOLoss, GRPOOutput, grpo_loss
+from sdkernels.linear import (
+    linear_grpo_loss,
+    linear_opsd_loss,
+    linear_rlsd_loss,
+    linear_rlsd_token_advantage,
+    linear_ssd_loss,
+    linear_token_log_prob,
+    linear_truncated_support,
+)
 from sdkernels.opsd import OPSDLoss, OPSDOutput, OPSDTerms, opsd_decomposition, opsd_loss
 from sdkernels.rlsd import (
     RLSDAdvantage,
@@ -37,6 +46,13 @@ __all__ = [
     "evidence_weighted_advantage",
     "grpo_loss",
     "lambda_schedule",
+    "linear_grpo_loss",
+    "linear_opsd_loss",
+    "linear_rlsd_loss",
+    "linear_rlsd_token_advantage",
+    "linear_ssd_loss",
+    "linear_token_log_prob",
+    "linear_truncated_support",
     "load_support",
     "opsd_decomposition",
     "opsd_loss",

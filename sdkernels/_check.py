@@ -56,6 +56,27 @@ def samples_of_logits(name: str, value: Any, like: Tensor) -> None:
                          f"{tuple(like.shape)}, got {tuple(value.shape)}")  # fmt: skip
 
 
+def head(
+    name: str, hidden: Any, weight: Any, bias: Any, weight_name: str = "lm_head_weight", bias_name: str = "bias"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states (..., H) and a head (V, H) with a bias (V,) or None, on one device."""
+    for each, value in ((name, hidden), (weight_name, weight), (bias_name, bias)):
+        if value is None and each == bias_name:
+            continue
+        if is_tensor(each, value).dtype not in FLOATS:
+            raise TypeError(f"{each} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+        if value.device != hidden.device:
+            raise ValueError(f"{each} is on {value.device}, but {name} is on {hidden.device}")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., H) with H > 0, got {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{weight_name} must have shape (V, {hidden.shape[-1]}) with V > 0 for {name} of shape "
+                         f"{tuple(hidden.shape)}, got {tuple(weight.shape)}")  # fmt: skip
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{bias_name} must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    return hidden, weight, bias
+
+
 def same_device(name: str, value: Tensor, like: Tensor) -> None:
     """Refuse tensors on different devices."""
     if value.device != like.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,35 @@ class OPSDTerms(NamedTuple):
     total: Tensor
     marginal_kl: Tensor
     mutual_information: Tensor
+
+
+class Checked(NamedTuple):
+    """Options of `opsd_loss` that checks change: top_k as a number of places, 0 for all; the mask as bool."""
+
+    places: int
+    beta: float
+    token_clip: float | None
+    temperature: float | Tensor
+    mask: Tensor | None
+
+
+def check_opsd_options(logits: Tensor, options: dict[str, Any]) -> Checked:
+    """Check the options of `opsd_loss`, before any kernel starts."""
+    shape, beta = logits.shape[:-1], options["beta"]
+    _check.one_of("divergence", options["divergence"], DIVERGENCES)
+    cu_seqlens = _check.cu_seqlens(options["cu_seqlens"], shape, logits)
+    _check.one_of("top_k_from", options["top_k_from"], ("student", "teacher"))
+    _check.flag("tail", options["tail"])
+    _check.per_token("token_weight", options["token_weight"], shape, logits)
+    _check.reduction(options["reduction"], options["normalizer"], shape, cu_seqlens, logits)
+    in_use = options["divergence"] == "jsd"
+    return Checked(
+        0 if options["top_k"] is None else _check.integer("top_k", options["top_k"], 0),
+        _check.inside_unit_interval("beta", beta) if in_use else _check.real("beta", beta),
+        _check.above("token_clip", options["token_clip"], 0),
+        _check.temperature(options["temperature"], shape, cu_seqlens, logits),
+        _check.mask("mask", options["mask"], shape, logits),
+    )
 
 
 def opsd_loss(
@@ -106,21 +135,25 @@ def opsd_loss(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
+    options = dict(
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        top_k=top_k,
+        top_k_from=top_k_from,
+        tail=tail,
+        token_clip=token_clip,
+        mask=mask,
+        token_weight=token_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        cu_seqlens=cu_seqlens,
+    )
     _check.logits("student_logits", student_logits)
     _check.same_logits("teacher_logits", teacher_logits, student_logits)
-    _check.one_of("divergence", divergence, DIVERGENCES)
-    weight = _check.inside_unit_interval("beta", beta) if divergence == "jsd" else _check.real("beta", beta)
+    places, weight, clip, temperature, mask = check_opsd_options(student_logits, options)
+    by_teacher = top_k_from == "teacher"
     shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
-    cu_seqlens = _check.cu_seqlens(cu_seqlens, shape, student_logits)
-    temperature = _check.temperature(temperature, shape, cu_seqlens, student_logits)
-    places = 0 if top_k is None else _check.integer("top_k", top_k, 0)
-    by_teacher = _check.one_of("top_k_from", top_k_from, ("student", "teacher")) == "teacher"
-    _check.flag("tail", tail)
-    clip = _check.above("token_clip", token_clip, 0)
-    mask = _check.mask("mask", mask, shape, student_logits)
-    token_weight = _check.per_token("token_weight", token_weight, shape, student_logits)
-    _check.reduction(reduction, normalizer, shape, cu_seqlens, student_logits)
-
     student, teacher = as_rows(student_logits), as_rows(teacher_logits.detach())
     keep = torch.ones(shape, dtype=torch.bool, device=student.device) if mask is None else mask
     kept_rows = keep.reshape(student.shape[:-1]).contiguous()

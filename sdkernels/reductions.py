@@ -33,6 +33,21 @@ def reduce(
         return values
     if reduction == "seq-mean-token-mean":
         values = values / _tokens_in_sequence(keep, cu_seqlens).clamp(min=1)
+    return divided(values.sum(), keep, reduction, normalizer, cu_seqlens)
+
+
+def token_factors(keep: Tensor, reduction: str, cu_seqlens: Tensor | None) -> Tensor:
+    """What multiplies each token's value in the sum that `divided` then divides, (...) float64."""
+    factors = keep.double()
+    if reduction == "seq-mean-token-mean":
+        factors = factors / _tokens_in_sequence(keep, cu_seqlens).clamp(min=1)
+    return factors
+
+
+def divided(
+    total: Tensor, keep: Tensor, reduction: str, normalizer: float | Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """A sum over tokens over the denominator that the reduction names; 0 / 0 is 0."""
     denominator: float | int | Tensor = 1
     if normalizer is not None:
         denominator = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
@@ -40,7 +55,6 @@ def reduce(
         denominator = keep.sum()
     elif reduction.startswith("seq-mean"):
         denominator = cu_seqlens.numel() - 1 if cu_seqlens is not None else keep.shape[:-1].numel()
-    total = values.sum()
     if isinstance(denominator, Tensor):
         return total / torch.where((denominator == 0) & (total.detach() == 0), 1, denominator)
     return total / max(denominator, 1) if isinstance(denominator, int) else total / denominator

@@ -195,7 +195,7 @@ def _terms(
     kept_rows = keep.reshape(student.shape[:-1]).contiguous()
     scaling = kernel_temperature(temperature, shape, cu_seqlens)
     if isinstance(base, Support):
-        token_ids, log_probs = _check_sparse_base(base, temperature, filters, keep, cu_seqlens, student_logits)
+        token_ids, log_probs = check_sparse_base(base, temperature, filters, keep, cu_seqlens, student_logits)
         lists = (token_ids.clamp(-1, 2**31 - 1).int(), log_probs.to(torch.promote_types(student.dtype, torch.float32)))
         rows = [x.detach().reshape(*kept_rows.shape, x.shape[-1]).contiguous() for x in lists]
         results = pair_statistics(student, None, kept_rows, *scaling, None, None, *rows)
@@ -225,7 +225,7 @@ def _terms(
     return terms, keep
 
 
-def _check_sparse_base(
+def check_sparse_base(
     base: Support,
     temperature: float | Tensor,
     filters: Filters,

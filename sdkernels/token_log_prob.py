@@ -130,21 +130,30 @@ def _replayed_log_prob(
     cu_seqlens: Tensor | None,
 ) -> TokenLogProb:
     """On K + 1 gathered logits of each row; the rest of it is not read."""
-    if filters.active:
-        raise ValueError("support replaces top_k, top_p and min_p: they must be None")
-    ids = _check.support_ids(
-        "support", support.token_ids if isinstance(support, Support) else support, token_ids.shape, logits
-    )
     rows = as_rows(logits)
-    keep = kept_tokens(token_ids, mask).reshape(rows.shape[:-1]).contiguous()
+    keep = kept_tokens(token_ids, mask)
+    ids = check_replay(support, filters, token_ids, keep, logits)
+    keep = keep.reshape(rows.shape[:-1]).contiguous()
     labels, ids = token_ids.reshape(keep.shape).contiguous(), ids.reshape(*keep.shape, ids.shape[-1])
     scaling = kernel_temperature(temperature, token_ids.shape, cu_seqlens)
     if not torch.compiler.is_compiling():
         check_values(rows, labels, keep, scaling[1])
-        _check.support_id_values("support", ids, keep, logits.shape[-1])
     found = _support_of_ids(rows.detach(), labels, ids, keep, scaling)
     log_prob, entropy = truncated_token_log_prob(rows, labels, keep, *scaling, *found)
     return TokenLogProb(log_prob.reshape(token_ids.shape), entropy.reshape(token_ids.shape))
+
+
+def check_replay(
+    support: Support | Tensor, filters: Filters, token_ids: Tensor, keep: Tensor, logits: Tensor
+) -> Tensor:
+    """The ids (..., K) of a support to replay."""
+    if filters.active:
+        raise ValueError("support replaces top_k, top_p and min_p: they must be None")
+    ids = support.token_ids if isinstance(support, Support) else support
+    ids = _check.support_ids("support", ids, token_ids.shape, logits)
+    if not torch.compiler.is_compiling():
+        _check.support_id_values("support", ids, keep, logits.shape[-1])
+    return ids
 
 
 def _support_of_ids(

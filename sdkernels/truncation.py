@@ -51,6 +51,11 @@ class Filters(NamedTuple):
         """Whether any of them can drop a token."""
         return self != Filters(0, 1.0, 0.0)
 
+    def given(self) -> dict[str, int | float | None]:
+        """The options again, None for a filter that is off."""
+        return {name: value if value != off else None
+                for name, value, off in zip(self._fields, self, (0, 1.0, 0.0), strict=True)}  # fmt: skip
+
 
 def rows_support(
     rows: Tensor,

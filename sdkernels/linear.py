@@ -1,0 +1,553 @@
+"""The losses from hidden states, the LM head fused in: no tensor of size (tokens, V), and logits kept in float32.
+
+Tokens are taken in chunks. Of each, one matmul makes float32 logits, the same row kernels as for logits read them, and
+where the loss is a number its gradient is formed at once: two more matmuls take it to hidden states and weight. That is
+3 matmuls of tokens x H x V for a side that gets gradients (2 with a frozen head, 1 for a teacher); 4 where the upstream
+gradient is only known in backward: `linear_token_log_prob`, and reduction="none". Student and teacher with the same
+head share one. Backward then only multiplies what forward has formed by the upstream gradient. A gradient through
+per-token results of a reduced loss (student_log_prob, terms, ...) makes backward form all of it again, 3 more matmuls.
+
+Memory beyond inputs and gradients: a chunk of float32 logits a side, 128 MiB on a CPU and 1.25 GiB on a GPU or what
+`chunk_size` says, as much again for the gradient of SSD's and OPSD's losses, and the weight's gradient in float32
+(4 H V bytes) from forward to backward. On a CPU, which has no matmul of 16-bit numbers into float32, a float32 copy of
+a 16-bit weight for the time of a call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdkernels import _check
+from sdkernels.evidence import checked_weighing
+from sdkernels.grpo import GRPOOutput, check_policy_options
+from sdkernels.head import Side, fused, whole
+from sdkernels.opsd import OPSDOutput, check_opsd_options
+from sdkernels.reductions import divided, over_tokens, token_factors
+from sdkernels.rlsd import RLSDAdvantage, RLSDOutput
+from sdkernels.rows.layout import at_tokens, kept_tokens, kernel_temperature
+from sdkernels.rows.statistics import check_values
+from sdkernels.ssd import SSDOutput, SSDTerms, check_sparse_base
+from sdkernels.token_log_prob import TokenLogProb, check_replay
+from sdkernels.truncation import Filters, Support
+
+
+class _Call:
+    """Checked arguments that all of these functions share, flattened to tokens (N,)."""
+
+    def __init__(self, name: str, hidden: Any, weight: Any, bias: Any, softcap: Any, logit_scale: Any,
+                 chunk_size: Any) -> None:  # fmt: skip
+        self.student = Side(*_check.head(name, hidden, whole(weight), whole(bias)))
+        hidden, weight, _ = self.student
+        self.shape = hidden.shape[:-1]
+        self.logits = hidden.detach().new_zeros(1).expand(*self.shape, weight.shape[0])  # stands in for checks
+        cap = _check.above("softcap", softcap, 0)
+        scale = _check.real("logit_scale", logit_scale)
+        self.values: dict[str, Any] = {"logit_scale": scale, "softcap": 0.0 if cap is None else cap}
+        self.chunk_size = None if chunk_size is None else _check.integer("chunk_size", chunk_size, 1)
+        self.other = Side(None, None, None)
+
+    def set_other(self, name: str, hidden: Any, weight: Any, bias: Any, prefix: str) -> None:
+        """The side that gets no gradient."""
+        student = self.student
+        names = (name, f"{prefix}lm_head_weight", f"{prefix}bias")
+        if weight is None:
+            if bias is not None:
+                raise ValueError(f"{names[2]} needs {names[1]}, got None")
+            hidden, _, _ = _check.head(name, hidden, student.weight.detach(), None)
+        else:
+            hidden, weight, bias = _check.head(name, hidden, whole(weight), whole(bias), *names[1:])
+            for each, value in zip(names[1:], (weight, bias), strict=True):
+                if value is not None:
+                    _check.constant(each, value)
+            if weight.shape[0] != student.weight.shape[0]:
+                raise ValueError(f"{names[1]} must have the student's vocabulary, {student.weight.shape[0]}, "
+                                 f"got {weight.shape[0]}")  # fmt: skip
+        _check.constant(name, hidden)
+        _check.same_shape(name, hidden[..., 0], self.shape)
+        _check.same_device(name, hidden, self.logits)
+        self.other = Side(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+
+    def set_temperature(self, temperature: Any, cu_seqlens: Tensor | None) -> None:
+        """One number, or float64 values per token."""
+        temperature = _check.temperature(temperature, self.shape, cu_seqlens, self.logits)
+        number, values = kernel_temperature(temperature, self.shape, cu_seqlens)
+        self.values["temperature"] = number if values is None else at_tokens(values, self.shape).reshape(-1)
+
+    def set_tokens(self, token_ids: Any, mask: Any) -> Tensor:
+        """Which tokens count, from checked ids (or None) and mask."""
+        mask = _check.mask("mask", mask, self.shape, self.logits)
+        if token_ids is not None:
+            _check.token_ids("token_ids", token_ids, self.shape, self.logits)
+            keep = kept_tokens(token_ids, mask)
+            temperature = self.values["temperature"]
+            tempered = temperature.reshape(self.shape) if isinstance(temperature, Tensor) else None
+            if not torch.compiler.is_compiling():
+                check_values(self.logits, token_ids, keep, tempered)
+            self.values["token_ids"] = token_ids.reshape(-1)
+        else:
+            keep = torch.ones(self.shape, dtype=torch.bool, device=self.logits.device) if mask is None else mask
+        self.values["mask"] = keep.reshape(-1)
+        return keep
+
+    def set_values(self, **values: Any) -> None:
+        """Further options; tensors are per token."""
+        for name, value in values.items():
+            self.values[name] = value.reshape(-1) if isinstance(value, Tensor) else value
+
+    def run(self, function: str) -> list[Tensor]:
+        """The function's results per token, (...)."""
+        _, results = self._fused(function, None)
+        return results
+
+    def run_loss(self, function: str, keep: Tensor, reduction: str, normalizer: Any,
+                 cu_seqlens: Tensor | None) -> list[Tensor]:  # fmt: skip
+        """The function's results, the first of them, the loss, reduced."""
+        factor = None if reduction == "none" else token_factors(keep, reduction, cu_seqlens).reshape(-1)
+        total, results = self._fused(function, factor)
+        if total is not None:
+            loss = divided(total, keep, reduction, normalizer, cu_seqlens)
+            results[0] = loss.to(results[0].dtype)
+        return results
+
+    def _fused(self, function: str, factor: Tensor | None) -> tuple[Tensor | None, list[Tensor]]:
+        hidden, weight, bias = self.student
+        student = Side(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+        total, results = fused(function, student, self.other, factor, self.values, self.chunk_size)
+        return total, [x.reshape(*self.shape, *x.shape[1:]) for x in results]
+
+
+def linear_token_log_prob(
+    hidden: Tensor,  # (..., H)
+    lm_head_weight: Tensor,  # (V, H)
+    token_ids: Tensor,  # (...)
+    temperature: float | Tensor = 1.0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    support: Support | Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+) -> TokenLogProb:
+    """`token_log_prob` of z = softcap tanh((hidden @ lm_head_weight.T + bias) logit_scale / softcap).
+
+    One matmul forward; three backward, where the logits are made again: their gradient is not known before.
+
+    Args:
+        hidden: (..., H) float64, float32, bfloat16 or float16: the last hidden states. Under autocast hidden states and
+            weight are used in its dtype. Logits stay in float32 (float64) from the matmul to the row kernels.
+        lm_head_weight: (V, H), and `bias` (V,); a DTensor is gathered (`full_tensor`), and its gradient averaged over
+            its mesh. Their gradients are summed in float32.
+        token_ids, temperature, top_k, top_p, min_p, support, mask, cu_seqlens: as for `token_log_prob`. Hidden states
+            of masked tokens may hold anything.
+        softcap: c > 0 caps logits at +-c; None does not. (Two more sweeps over the chunk forward, two backward.)
+        logit_scale: multiplies the logits before the cap.
+        chunk_size: tokens at a time; None follows from a fixed number of bytes (see this module).
+
+    Returns:
+        TokenLogProb(log_prob, entropy), each (...), float32 (float64 for float64), differentiable with respect to
+        hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
+    """
+    call = _Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    cu_seqlens = _check.cu_seqlens(cu_seqlens, call.shape, call.logits)
+    call.set_temperature(temperature, cu_seqlens)
+    keep = call.set_tokens(token_ids, mask)
+    filters = Filters(*_check.filters(top_k, top_p, min_p, call.logits.shape[-1]))
+    if support is not None:
+        ids = check_replay(support, filters, token_ids, keep, call.logits)
+        call.values["support"] = ids.reshape(-1, ids.shape[-1])
+    else:
+        call.set_values(**filters.given())
+    return TokenLogProb(*call.run("token_log_prob"))
+
+
+def linear_grpo_loss(
+    hidden: Tensor,  # (..., H)
+    lm_head_weight: Tensor,  # (V, H)
+    token_ids: Tensor,  # (...)
+    advantages: Tensor,  # (...) or (...) without time
+    old_log_prob: Tensor | None = None,  # (...)
+    *,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    dual_clip: float | None = None,
+    reference_log_prob: Tensor | None = None,
+    beta: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+) -> GRPOOutput:
+    """`grpo_loss` from hidden states: 3 matmuls with gradients, 2 with a frozen head, 1 without gradients.
+
+    Args:
+        hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`.
+        Others: as for `grpo_loss`.
+
+    Returns:
+        GRPOOutput(loss, log_prob, entropy, ratio), as `grpo_loss`.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
+    """
+    call = _Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    options = dict(
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        dual_clip=dual_clip,
+        reference_log_prob=reference_log_prob,
+        beta=beta,
+        temperature=temperature,
+        mask=mask,
+        token_weight=token_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        cu_seqlens=cu_seqlens,
+        inplace=False,
+    )
+    keep = _set_policy(call, token_ids, advantages, old_log_prob, options)
+    return GRPOOutput(*call.run_loss("grpo_loss", keep, reduction, normalizer, cu_seqlens))
+
+
+def _set_policy(
+    call: _Call, token_ids: Tensor, advantages: Tensor, old_log_prob: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """Check and set what GRPO and RLSD share; which tokens count."""
+    check_policy_options("hidden", call.logits, token_ids, old_log_prob, options)
+    cu_seqlens = options["cu_seqlens"]
+    _check.per_sequence("advantages", advantages, call.shape, cu_seqlens, call.logits)
+    call.set_temperature(options["temperature"], cu_seqlens)
+    keep = call.set_tokens(token_ids, options["mask"])
+    call.set_values(
+        advantages=over_tokens(advantages, call.shape, cu_seqlens),
+        old_log_prob=old_log_prob,
+        **{name: options[name] for name in ("epsilon_low", "epsilon_high", "dual_clip", "beta")},
+        reference_log_prob=options["reference_log_prob"],
+        token_weight=options["token_weight"],
+    )
+    return keep
+
+
+def linear_rlsd_loss(
+    student_hidden: Tensor,  # (..., H)
+    teacher: Tensor,  # (..., H) hidden states or (...) log-probs
+    lm_head_weight: Tensor,  # (V, H)
+    token_ids: Tensor,  # (...)
+    advantages: Tensor,  # (...) or (...) without time
+    old_log_prob: Tensor | None = None,  # (...)
+    *,
+    clip_range: float | tuple[float, float] = 0.2,
+    lam: float = 1.0,
+    apply_to: str = "all",
+    pessimistic: bool = False,
+    credit_mask: Tensor | None = None,
+    evidence_from: str = "current",
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    dual_clip: float | None = None,
+    reference_log_prob: Tensor | None = None,
+    beta: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_lm_head_weight: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+) -> RLSDOutput:
+    """`rlsd_loss` from the hidden states of policy and teacher, or from the teacher's log-probs.
+
+    4 matmuls of tokens x H x V with gradients, one of them for the teacher: made together with the student's where they
+    share the head. 3 with the teacher's log-probs, 1 fewer with a frozen head. Delta is that of float32 logits: rounded
+    to bfloat16 they would move it by 0.02 to 0.04 nats.
+
+    Args:
+        student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`.
+        teacher: hidden states (..., H), or log-probs (...) of `token_ids` at the same temperature. No gradient flows
+            to it.
+        teacher_lm_head_weight, teacher_bias: the teacher's head; None means the student's weight and bias.
+        Others: as for `rlsd_loss`.
+
+    Returns:
+        RLSDOutput, as `rlsd_loss`.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
+    """
+    call = _Call("student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    options = dict(
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        dual_clip=dual_clip,
+        reference_log_prob=reference_log_prob,
+        beta=beta,
+        temperature=temperature,
+        mask=mask,
+        token_weight=token_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        cu_seqlens=cu_seqlens,
+        inplace=False,
+    )
+    keep = _set_policy(call, token_ids, advantages, old_log_prob, options)
+    _set_evidence(call, teacher, teacher_lm_head_weight, teacher_bias, clip_range, lam, apply_to, pessimistic,
+                  credit_mask)  # fmt: skip
+    call.set_values(evidence_from=_check.one_of("evidence_from", evidence_from, ("current", "old")))
+    return RLSDOutput(*call.run_loss("rlsd_loss", keep, reduction, normalizer, cu_seqlens))
+
+
+def _set_evidence(call: _Call, teacher: Any, weight: Any, bias: Any, clip_range: Any, lam: Any, apply_to: Any,
+                  pessimistic: Any, credit_mask: Any) -> None:  # fmt: skip
+    """Check and set the teacher and how its evidence weighs."""
+    _check.floats("teacher", teacher, call.logits)
+    if teacher.dim() == len(call.shape) + 1:
+        call.set_other("teacher", teacher, weight, bias, "teacher_")
+    elif weight is not None or bias is not None:
+        raise ValueError("teacher_lm_head_weight and teacher_bias need a teacher of hidden states (..., H), "
+                         f"got log-probs of shape {tuple(teacher.shape)}")  # fmt: skip
+    else:
+        _check.same_shape("teacher", teacher, call.shape)
+        call.set_values(teacher=teacher)
+    checked_weighing(clip_range, lam, apply_to, pessimistic)
+    call.set_values(
+        clip_range=_check.clip_range(clip_range),
+        lam=float(lam),
+        apply_to=apply_to,
+        pessimistic=pessimistic,
+        credit_mask=_check.mask("credit_mask", credit_mask, call.shape, call.logits),
+    )
+
+
+def linear_rlsd_token_advantage(
+    student_hidden: Tensor,  # (..., H)
+    teacher: Tensor,  # (..., H) hidden states or (...) log-probs
+    lm_head_weight: Tensor,  # (V, H)
+    token_ids: Tensor,  # (...)
+    advantages: Tensor,  # (...) or (...) without time
+    *,
+    clip_range: float | tuple[float, float] = 0.2,
+    lam: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    credit_mask: Tensor | None = None,
+    apply_to: str = "all",
+    pessimistic: bool = False,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_lm_head_weight: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+) -> RLSDAdvantage:
+    """`rlsd_token_advantage` from hidden states: 2 matmuls, as one where both share the head; no gradients.
+
+    Args:
+        student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`; detached.
+        teacher, teacher_lm_head_weight, teacher_bias: as for `linear_rlsd_loss`.
+        Others: as for `rlsd_token_advantage`.
+
+    Returns:
+        RLSDAdvantage, as `rlsd_token_advantage`.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
+    """
+    call = _Call("student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    call.student = Side(*(None if x is None else x.detach() for x in call.student))
+    cu_seqlens = _check.cu_seqlens(cu_seqlens, call.shape, call.logits)
+    _check.per_sequence("advantages", advantages, call.shape, cu_seqlens, call.logits)
+    call.set_temperature(temperature, cu_seqlens)
+    call.set_tokens(token_ids, mask)
+    call.set_values(advantages=over_tokens(advantages, call.shape, cu_seqlens))
+    _set_evidence(call, teacher, teacher_lm_head_weight, teacher_bias, clip_range, lam, apply_to, pessimistic,
+                  credit_mask)  # fmt: skip
+    return RLSDAdvantage(*call.run("rlsd_token_advantage"))
+
+
+def linear_ssd_loss(
+    student_hidden: Tensor,  # (..., H)
+    base: Tensor | Support,  # (..., H) hidden states or a Support
+    lm_head_weight: Tensor,  # (V, H)
+    temperature: float | Tensor,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    base_lm_head_weight: Tensor | None = None,
+    base_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+) -> SSDOutput:
+    """`ssd_loss` from hidden states of student and base, or from a recorded `Support` of the base.
+
+    4 matmuls with gradients, one of them for the base; 3 with a `Support`, 1 fewer with a frozen head. (A base with a
+    head of its own needs `base_lm_head_weight`: None means the student's.)
+
+    Args:
+        student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`.
+        base: hidden states (..., H), or a `Support` of the same temperature, the filters then being None.
+        base_lm_head_weight, base_bias: the base's head; None means the student's weight and bias.
+        Others: as for `ssd_loss`.
+
+    Returns:
+        SSDOutput(loss, terms), as `ssd_loss`.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
+    """
+    call = _Call("student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    factors = _check.reals("weights", weights, 3)
+    cu_seqlens = _check.cu_seqlens(cu_seqlens, call.shape, call.logits)
+    token_weight = _check.per_token("token_weight", token_weight, call.shape, call.logits)
+    _check.reduction(reduction, normalizer, call.shape, cu_seqlens, call.logits)
+    filters = Filters(*_check.filters(top_k, top_p, min_p, call.logits.shape[-1]))
+    call.set_temperature(temperature, cu_seqlens)
+    keep = call.set_tokens(None, mask)
+    if isinstance(base, Support):
+        if base_lm_head_weight is not None or base_bias is not None:
+            raise ValueError("base_lm_head_weight and base_bias need a base of hidden states (..., H), got a Support")
+        ids, log_probs = check_sparse_base(base, temperature, filters, keep, cu_seqlens, call.logits)
+        call.values["base_ids"] = ids.reshape(-1, ids.shape[-1])
+        call.values["base_log_probs"] = log_probs.detach().reshape(-1, ids.shape[-1])
+    else:
+        call.set_other("base", base, base_lm_head_weight, base_bias, "base_")
+        call.set_values(**filters.given())
+    call.set_values(weights=factors, token_weight=token_weight)
+    loss, *terms = call.run_loss("ssd_loss", keep, reduction, normalizer, cu_seqlens)
+    return SSDOutput(loss, SSDTerms(*terms))
+
+
+def linear_opsd_loss(
+    student_hidden: Tensor,  # (..., H)
+    teacher_hidden: Tensor,  # (..., H)
+    lm_head_weight: Tensor,  # (V, H)
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    top_k: int | None = None,
+    top_k_from: str = "student",
+    tail: bool = True,
+    token_clip: float | None = None,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_lm_head_weight: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+) -> OPSDOutput:
+    """`opsd_loss` from hidden states: 4 matmuls with gradients, one of them for the teacher; 3 with a frozen head.
+
+    Args:
+        student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`.
+        teacher_hidden: (..., H), which gets no gradient.
+        teacher_lm_head_weight, teacher_bias: the teacher's head; None means the student's weight and bias.
+        Others: as for `opsd_loss`.
+
+    Returns:
+        OPSDOutput(loss, divergence), as `opsd_loss`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+    """
+    call = _Call("student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    options = dict(
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        top_k=top_k,
+        top_k_from=top_k_from,
+        tail=tail,
+        token_clip=token_clip,
+        mask=mask,
+        token_weight=token_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        cu_seqlens=cu_seqlens,
+    )
+    checked = check_opsd_options(call.logits, options)
+    call.set_other("teacher_hidden", teacher_hidden, teacher_lm_head_weight, teacher_bias, "teacher_")
+    call.set_temperature(temperature, cu_seqlens)
+    keep = call.set_tokens(None, mask)
+    call.set_values(
+        divergence=divergence,
+        beta=checked.beta,
+        top_k=checked.places,
+        top_k_from=top_k_from,
+        tail=tail,
+        token_clip=checked.token_clip,
+        token_weight=token_weight,
+    )
+    return OPSDOutput(*call.run_loss("opsd_loss", keep, reduction, normalizer, cu_seqlens))
+
+
+def linear_truncated_support(
+    hidden: Tensor,  # (..., H)
+    lm_head_weight: Tensor,  # (V, H)
+    temperature: float | Tensor = 1.0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    max_size: int,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+) -> Support:
+    """`truncated_support` from hidden states: one matmul, no gradients.
+
+    Args:
+        hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`; detached.
+        Others: as for `truncated_support`.
+
+    Returns:
+        Support(token_ids, log_probs, size, temperature), as `truncated_support`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+    """
+    call = _Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    call.student = Side(*(None if x is None else x.detach() for x in call.student))
+    filters = Filters(*_check.filters(top_k, top_p, min_p, call.logits.shape[-1]))
+    call.set_temperature(temperature, None)
+    call.set_tokens(None, mask)
+    call.set_values(max_size=_check.integer("max_size", max_size, 1), **filters.given())
+    given = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    return Support(*call.run("truncated_support"), given)
