@@ -296,6 +296,17 @@ void row_information(Tensor student, Tensor teachers, std::optional<Tensor> mask
                              {doubles(total, rows), doubles(marginal, rows), doubles(information, rows)}, parallel_for);
 }
 
+void row_masses(Tensor logits, std::optional<Tensor> mask, double temperature, std::optional<Tensor> temperatures,
+                Tensor max, Tensor pivots, Tensor counts, Tensor masses, Tensor moments, std::string instruction_set) {
+  const RowView view = row_view(logits);
+  const int64_t rows = view.rows(), number = capacity_of(pivots, rows), places = rows * number;
+  sdkernels::row_masses(
+      kernels_for(instruction_set), view, row_arguments(view, std::nullopt, mask, temperature, temperatures),
+      floats(max, rows), floats(pivots, places), number,
+      {vector_of<int64_t>(counts, ScalarType::Long, places), doubles(masses, places), doubles(moments, places)},
+      parallel_for);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sdkernels_cpu, m) {
@@ -349,6 +360,9 @@ STABLE_TORCH_LIBRARY(sdkernels_cpu, m) {
   m.def(
       "row_information(Tensor student, Tensor teachers, Tensor? mask, float temperature, Tensor? temperatures, "
       "Tensor(a!) total, Tensor(b!) marginal, Tensor(c!) information, str instruction_set='') -> ()");
+  m.def(
+      "row_masses(Tensor logits, Tensor? mask, float temperature, Tensor? temperatures, Tensor max, Tensor pivots, "
+      "Tensor(a!) counts, Tensor(b!) masses, Tensor(c!) moments, str instruction_set='') -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdkernels_cpu, CompositeExplicitAutograd, m) {
@@ -368,4 +382,5 @@ STABLE_TORCH_LIBRARY_IMPL(sdkernels_cpu, CPU, m) {
   m.impl("reduced_rows", TORCH_BOX(&reduced_rows));
   m.impl("reduced_gradient", TORCH_BOX(&reduced_gradient));
   m.impl("row_information", TORCH_BOX(&row_information));
+  m.impl("row_masses", TORCH_BOX(&row_masses));
 }

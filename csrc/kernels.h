@@ -7,6 +7,7 @@
 #include "rows.h"
 #include "support.h"
 #include "divergence.h"
+#include "masses.h"
 
 namespace sdkernels {
 namespace SDK_ISA {
@@ -46,6 +47,7 @@ const Kernels kernels = {
     divergence_entries,
     divergence_gradient,
     information,
+    masses,
 };
 
 }  // namespace SDK_ISA

@@ -37,6 +37,7 @@ from sdkernels.rows import (
     gradient,
     information,
     layout,
+    masses,
     pair,
     pair_gradient,
     reduced,
@@ -55,6 +56,7 @@ TARGETS = {
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = 3
+PIVOTS = (1, 31)  # of row_masses
 CUDA_WIDTHS = {"": 4, "64": 8, "128": 16, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 WIDE_ACCESSES = {  # of 16 bytes that a kernel needs for its tile or block of a row: loads, stores
     "gradient": (2, 2),
@@ -104,6 +106,8 @@ def cases() -> Iterator[Case]:
                 for op in ("statistics", "gradient", "support", "search", "log softmax", "truncated gradient",
                            "reduced gradient"):  # fmt: skip
                     yield Case(op, dtype, rows, options)
+                for count in PIVOTS:
+                    yield Case(f"masses of {count}", dtype, rows, options)
                 yield Case("upstream sum", dtype, rows, options, dtype)
                 yield Case("truncated gradient", dtype, rows, options, dtype)
                 for other in (None, *DTYPES):
@@ -177,6 +181,10 @@ def launch(case: Case) -> None:
     elif case.op == "reduced gradient":
         upstream = torch.zeros(TOKENS, support.LISTED + 1)
         reduced_gradient._launch(rows, found.token_ids, 0.7, temperatures, (values, doubles), upstream, result)
+    elif case.op.startswith("masses"):
+        pivots = torch.zeros(TOKENS, int(case.op.split()[-1]))
+        results = (pivots.long(), pivots.double(), pivots.double())
+        masses._launch(rows, mask, 0.7, temperatures, values, pivots, results)
     elif case.op == "information":
         teachers = torch.zeros(2, *other.shape[:-1], other.stride(0), dtype=other.dtype)[..., : other.shape[-1]]
         information._launch(rows, teachers, mask, 0.7, temperatures, (doubles,) * 3)

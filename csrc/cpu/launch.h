@@ -172,6 +172,11 @@ struct InformationResults {
   double *total, *marginal, *information;
 };
 
+struct MassResults {  // rows of as many as there are pivots
+  int64_t* counts;
+  double *masses, *moments;
+};
+
 // The names of the instruction sets that this processor can run, best first.
 std::string instruction_sets();
 
@@ -204,5 +209,7 @@ void reduced_gradient(const Kernels&, const RowView& student, const RowArguments
                       const ParallelFor&);
 void row_information(const Kernels&, const RowView& student, const std::vector<RowView>& teachers, const RowArguments&,
                      const InformationResults&, const ParallelFor&);
+void row_masses(const Kernels&, const RowView& logits, const RowArguments&, const float* max, const float* pivots,
+                int64_t number, const MassResults&, const ParallelFor&);
 
 }  // namespace sdkernels

@@ -207,6 +207,12 @@ struct InformationSums {
   double total = 0.0, marginal = 0.0, information = 0.0;
 };
 
+// Of the logits that are at least a pivot: their number, and sums of 2^y and y 2^y.
+struct Masses {
+  int64_t count = 0;
+  double mass = 0.0, moment = 0.0;
+};
+
 struct LogSoftmax {
   float max, log2_sum;
 };
@@ -237,8 +243,11 @@ struct Kernels {
                               const DivergenceCoefficients&);
   InformationSums (*information)(const float* student, const LogSoftmax&, const float* const* teachers,
                                  const LogSoftmax* softmaxes, int64_t samples, int64_t count, float scale);
+  void (*masses)(const float* logits, int64_t count, float max, float scale, const float* pivots, int64_t number,
+                 Masses* totals);
 };
 
-constexpr int64_t kBlock = 4096;  // logits that stay in L1 while several loops read them
+constexpr int64_t kBlock = 4096;        // logits that stay in L1 while several loops read them
+constexpr int64_t kMassesBlock = 1024;  // fewer, for four floats more of each stay with them
 
 }  // namespace sdkernels

@@ -117,6 +117,26 @@ def row_support(
     )
 
 
+def row_masses(
+    logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None, max: Tensor, pivots: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``sdkernels.rows.masses.row_masses``: a pivot at a time, for G (..., V) would not fit."""
+    z, t = scaled(logits.double(), temperature, temperatures)
+    y = (z - max.unsqueeze(-1)) / t
+    mass = y.exp()
+    moment = (mass * y).masked_fill(mass == 0, 0)
+    results = torch.empty((3, *pivots.shape), dtype=torch.float64, device=logits.device)
+    for i in range(pivots.shape[-1]):
+        above = z >= pivots[..., i : i + 1]
+        results[0, ..., i] = above.sum(-1)
+        for result, x in zip(results[1:], (mass, moment), strict=True):
+            result[..., i] = row_sum(x.where(above, 0))[..., 0]
+    results[1:] += (max - max).unsqueeze(-1)  # 0, or NaN
+    if mask is not None:
+        results = results.where(mask.unsqueeze(-1), 0)
+    return results[0].long(), results[1].clone(), results[2].clone()
+
+
 def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The least value of `dtype` that is not below x, as x's dtype."""
     rounded = x.to(dtype)

@@ -14,7 +14,8 @@ from sdkernels.reductions import over_tokens
 
 THREADS = 256  # of a program that sweeps a row
 SPANS = ("span", "temperature_span", "advantage_span")
-PER_TOKEN = ("token_ids_ptr", "label_ids_ptr", "mask_ptr", "credit_mask_ptr", "temperatures_ptr", "advantages_ptr")
+PER_TOKEN = ("token_ids_ptr", "label_ids_ptr", "mask_ptr", "credit_mask_ptr", "temperatures_ptr", "advantages_ptr",
+             "max_ptr", "pivots_ptr")  # fmt: skip
 WARP_SIZE = 64 if torch.version.hip else 32
 
 
@@ -103,9 +104,10 @@ def kernel_strides(rows: Tensor, align: int) -> tuple[int, ...]:
 
 def unspecialised(*views: str) -> dict[str, list[str]]:
     """Options of `jit`: sizes, strides of views by the prefixes of their names, and addresses that make nothing new."""
+    sizes = ["size1", "size2", "capacity", "pivots", "top_k", "samples", "sample_stride"]
     strides = [f"{view}stride{i}" for view in views for i in range(3)]
     return {
-        "do_not_specialize": ["size1", "size2", *strides, *SPANS, "capacity", "top_k", "samples", "sample_stride"],
+        "do_not_specialize": [*sizes, *strides, *SPANS],
         "do_not_specialize_on_alignment": list(PER_TOKEN),
     }
 
