@@ -92,13 +92,23 @@ FAMILIES = {
     "rlsd_token_advantage": Family(_rlsd_token_advantage, (*_EVIDENCE, *map(Result, _STUDENT_FIRST))),
     "ssd_loss": Family(
         _ssd_loss,
-        (_LOSS, *(Result(name, True) for name in _TERMS), Result("constant"), Result("cross_entropy", True),
-         Result("kept_mass", True), Result("support_size", integer=True)),
+        (
+            _LOSS,
+            *(Result(name, True) for name in _TERMS),
+            Result("constant"),
+            Result("cross_entropy", True),
+            Result("kept_mass", True),
+            Result("support_size", integer=True),
+        ),
     ),
     "opsd_loss": Family(_opsd_loss, (_LOSS, Result("divergence", True))),
     "token_log_prob": Family(_token_log_prob, (Result("log_prob", True), Result("entropy", True))),
     "truncated_support": Family(
         _truncated_support,
-        (Result("token_ids", integer=True, listed=True), Result("log_probs", listed=True), Result("size", integer=True)),
+        (
+            Result("token_ids", integer=True, listed=True),
+            Result("log_probs", listed=True),
+            Result("size", integer=True),
+        ),
     ),
-}  # fmt: skip
+}

@@ -21,14 +21,19 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
 
 
 class Side(NamedTuple):
-    """Hidden states (N, H), and the head that makes logits (N, V) of them: weight (V, H) and bias (V,).
+    """Hidden states (N, H), and the head that makes logits (N, V) of them: weight (V, H) and bias (V,)."""
 
-    Of the other side a weight of None means the student's weight and bias, and then both share one matmul.
-    """
-
-    hidden: Tensor | None
-    weight: Tensor | None
+    hidden: Tensor
+    weight: Tensor
     bias: Tensor | None
+
+
+class Other(NamedTuple):
+    """The side that gets no gradient, if any. A weight of None means the student's head: both share one matmul."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class _Whole(torch.autograd.Function):
@@ -56,10 +61,10 @@ def whole(value: Any) -> Any:
 class _Head:
     """Weight and bias of a side in the dtypes of its matmuls and of its logits."""
 
-    def __init__(self, hidden: Tensor, side: Side, scale: float, softcap: float, dtype: torch.dtype | None) -> None:
-        dtype = torch.promote_types(hidden.dtype, side.weight.dtype) if dtype is None else dtype
+    def __init__(self, side: Side, scale: float, softcap: float, dtype: torch.dtype | None) -> None:
+        dtype = torch.promote_types(side.hidden.dtype, side.weight.dtype) if dtype is None else dtype
         self.logits_dtype = torch.promote_types(dtype, torch.float32)
-        self.dtype = dtype if hidden.is_cuda else self.logits_dtype  # only there 16-bit matmuls give float32
+        self.dtype = dtype if side.hidden.is_cuda else self.logits_dtype  # only there 16-bit matmuls give float32
         self.scale, self.softcap = scale, softcap
         self.weight = side.weight.to(self.dtype)
         self.bias = None if side.bias is None else side.bias.to(self.logits_dtype)
@@ -86,7 +91,9 @@ class _Gradients:
         self.head = head
         self.hidden = torch.empty_like(side.hidden) if wants[0] else None
         self.weight = torch.empty_like(side.weight, dtype=head.logits_dtype) if wants[1] else None
-        self.bias = torch.zeros_like(side.bias, dtype=head.logits_dtype) if wants[2] else None
+        self.bias = None
+        if wants[2] and side.bias is not None:
+            self.bias = torch.zeros_like(side.bias, dtype=head.logits_dtype)
 
     def add(self, grad: Tensor, logits: Tensor, hidden: Tensor, piece: slice) -> None:
         """Those through the logits (n, V) of a chunk, from their gradient and the hidden states; masked rows are 0."""
@@ -168,15 +175,18 @@ def _chunk_size(tokens: int, weight: Tensor) -> int:
     return -(-tokens // max(chunks, 1)) or 1
 
 
-def _empty_results(
-    function: str, hidden: Tensor, weight: Tensor, layout: str, dtype: torch.dtype | None
-) -> list[Tensor]:
+def _logits_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """That of logits, results and sums of gradients; `dtype` is autocast's."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype) if dtype is None else dtype
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _empty_results(function: str, hidden: Tensor, layout: str, dtype: torch.dtype) -> list[Tensor]:
     places = [int(word.split("=")[1]) for word in layout.split(";") if word.startswith("max_size=")]
     return [
         hidden.new_empty(
             (hidden.shape[0], *(places if result.listed else ())),
-            dtype=torch.int64 if result.integer else torch.promote_types(dtype, torch.float32),
+            dtype=torch.int64 if result.integer else dtype,
         )
         for result in FAMILIES[function].results
     ]
@@ -202,18 +212,17 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
     scale, softcap = values.pop("logit_scale"), values.pop("softcap")
     keep = values["mask"]
     family, tokens = FAMILIES[function], hidden.shape[0]
-    results = _empty_results(function, hidden, weight, layout, dtype)
-    student, other = Side(hidden, weight, bias), Side(other_hidden, other_weight, other_bias)
-    shared = other.hidden is not None and other.weight is None
+    results = _empty_results(function, hidden, layout, _logits_dtype(hidden, weight, dtype))
+    student, shared = Side(hidden, weight, bias), other_hidden is not None and other_weight is None
     with torch.autocast(hidden.device.type, enabled=False), _autograd_on(), torch.no_grad():
-        head = _Head(hidden, student, scale, softcap, dtype)
+        head = _Head(student, scale, softcap, dtype)
         gradients = _Gradients(student, head, wants)
         chunk_size = chunk_size or _chunk_size(tokens, weight)
         size = (min(chunk_size, tokens) * (2 if shared else 1), weight.shape[0])
         buffer = torch.empty(size, dtype=head.logits_dtype, device=hidden.device)
         other_head, other_buffer = head, buffer
-        if other.weight is not None:
-            other_head = _Head(other.hidden, other, scale, softcap, dtype)
+        if other_weight is not None:
+            other_head = _Head(Side(other_hidden, other_weight, other_bias), scale, softcap, dtype)
             other_buffer = torch.empty(size, dtype=other_head.logits_dtype, device=hidden.device)
         for start in range(0, tokens, chunk_size):
             piece = slice(start, min(start + chunk_size, tokens))
@@ -222,14 +231,14 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
             inputs = hidden[piece].to(head.dtype).masked_fill(~keep[piece].unsqueeze(-1), 0)
             logits, other_logits = buffer[:count], None
             if shared:
-                both = torch.cat((inputs, other.hidden[piece].to(head.dtype)))
+                both = torch.cat((inputs, other_hidden[piece].to(head.dtype)))
                 head.write_logits(both, buffer[: 2 * count])
                 other_logits = buffer[count : 2 * count]
             else:
                 head.write_logits(inputs, logits)
-                if other.hidden is not None:
+                if other_hidden is not None:
                     other_logits = other_buffer[:count]
-                    other_head.write_logits(other.hidden[piece].to(other_head.dtype), other_logits)
+                    other_head.write_logits(other_hidden[piece].to(other_head.dtype), other_logits)
             wanted = [None if each is None else each[piece] for each in upstream] if any(wants) else []
             leaf = logits.detach().requires_grad_(any(wants))
             mine = {name: value[piece] if isinstance(value, Tensor) else value for name, value in values.items()}
@@ -336,15 +345,15 @@ class _Results(torch.autograd.Function):
 
 
 def fused(
-    function: str, student: Side, other: Side, factor: Tensor | None, values: Values, chunk_size: int | None
+    function: str, student: Side, other: Other, factor: Tensor | None, values: Values, chunk_size: int | None
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Results (N,) of a function on the logits of `student`, and the sum of factor * loss where a factor is given.
 
     `values` has the function's options by name, tensors (N, ...) and `logit_scale` and `softcap` (0: none) among them.
     """
-    device, weight = student.hidden.device.type, student.weight
+    device = student.hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if torch.float64 in (student.hidden.dtype, weight.dtype):
+    if torch.float64 in (student.hidden.dtype, student.weight.dtype):
         dtype = None  # autocast leaves float64 alone
     tensors, numbers, layout = _pack(values)
     options = (function, layout, chunk_size, dtype)

@@ -23,7 +23,7 @@ from torch import Tensor
 from sdkernels import _check
 from sdkernels.evidence import checked_weighing
 from sdkernels.grpo import GRPOOutput, check_policy_options
-from sdkernels.head import Side, fused, whole
+from sdkernels.head import Other, Side, fused, whole
 from sdkernels.opsd import OPSDOutput, check_opsd_options
 from sdkernels.reductions import divided, over_tokens, token_factors
 from sdkernels.rlsd import RLSDAdvantage, RLSDOutput
@@ -47,7 +47,12 @@ class _Call:
         scale = _check.real("logit_scale", logit_scale)
         self.values: dict[str, Any] = {"logit_scale": scale, "softcap": 0.0 if cap is None else cap}
         self.chunk_size = None if chunk_size is None else _check.integer("chunk_size", chunk_size, 1)
-        self.other = Side(None, None, None)
+        self.other = Other()
+
+    def detach(self) -> None:
+        """Let no gradient flow."""
+        hidden, weight, bias = self.student
+        self.student = Side(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
 
     def set_other(self, name: str, hidden: Any, weight: Any, bias: Any, prefix: str) -> None:
         """The side that gets no gradient."""
@@ -68,7 +73,7 @@ class _Call:
         _check.constant(name, hidden)
         _check.same_shape(name, hidden[..., 0], self.shape)
         _check.same_device(name, hidden, self.logits)
-        self.other = Side(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+        self.other = Other(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
 
     def set_temperature(self, temperature: Any, cu_seqlens: Tensor | None) -> None:
         """One number, or float64 values per token."""
@@ -364,7 +369,8 @@ def linear_rlsd_token_advantage(
     """`rlsd_token_advantage` from hidden states: 2 matmuls, as one where both share the head; no gradients.
 
     Args:
-        student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`; detached.
+        student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`, but
+            detached.
         teacher, teacher_lm_head_weight, teacher_bias: as for `linear_rlsd_loss`.
         Others: as for `rlsd_token_advantage`.
 
@@ -375,7 +381,7 @@ def linear_rlsd_token_advantage(
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
     call = _Call("student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
-    call.student = Side(*(None if x is None else x.detach() for x in call.student))
+    call.detach()
     cu_seqlens = _check.cu_seqlens(cu_seqlens, call.shape, call.logits)
     _check.per_sequence("advantages", advantages, call.shape, cu_seqlens, call.logits)
     call.set_temperature(temperature, cu_seqlens)
@@ -544,10 +550,11 @@ def linear_truncated_support(
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
     call = _Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
-    call.student = Side(*(None if x is None else x.detach() for x in call.student))
+    call.detach()
     filters = Filters(*_check.filters(top_k, top_p, min_p, call.logits.shape[-1]))
     call.set_temperature(temperature, None)
     call.set_tokens(None, mask)
     call.set_values(max_size=_check.integer("max_size", max_size, 1), **filters.given())
     given = temperature.detach() if isinstance(temperature, Tensor) else temperature
-    return Support(*call.run("truncated_support"), given)
+    token_ids, log_probs, size = call.run("truncated_support")
+    return Support(token_ids, log_probs, size, given)
