@@ -263,7 +263,7 @@ def _(function, hidden, weight, bias, other_hidden, other_weight, other_bias, te
         torch.promote_types(hidden.dtype, weight.dtype) if dtype is None else dtype, torch.float32
     )
     return [
-        *_empty_results(function, hidden, weight, layout, dtype),
+        *_empty_results(function, hidden, layout, sums),
         torch.empty_like(hidden) if wants[0] else hidden.new_empty(0),
         torch.empty_like(weight, dtype=sums) if wants[1] else hidden.new_empty(0),
         torch.empty_like(bias, dtype=sums) if wants[2] else hidden.new_empty(0),
