@@ -6,7 +6,6 @@ matmuls turn that into gradients of hidden states and weight. Nothing of size (t
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdkernels.families import FAMILIES, Values
+from sdkernels.packing import pack, unpack
 
 # Bytes of float32 logits that a side holds at a time. On a GPU 2,000 tokens keep the matmuls fast and the sum of the
 # weight's gradient, read and written once a chunk, cheap.
@@ -62,9 +62,9 @@ class _Head:
     """Weight and bias of a side in the dtypes of its matmuls and of its logits."""
 
     def __init__(self, side: Side, scale: float, softcap: float, dtype: torch.dtype | None) -> None:
-        dtype = torch.promote_types(side.hidden.dtype, side.weight.dtype) if dtype is None else dtype
-        self.logits_dtype = torch.promote_types(dtype, torch.float32)
-        self.dtype = dtype if side.hidden.is_cuda else self.logits_dtype  # only there 16-bit matmuls give float32
+        self.logits_dtype = _logits_dtype(side.hidden, side.weight, dtype)
+        given = torch.promote_types(side.hidden.dtype, side.weight.dtype) if dtype is None else dtype
+        self.dtype = given if side.hidden.is_cuda else self.logits_dtype  # only there 16-bit matmuls give float32
         self.scale, self.softcap = scale, softcap
         self.weight = side.weight.to(self.dtype)
         self.bias = None if side.bias is None else side.bias.to(self.logits_dtype)
@@ -90,7 +90,8 @@ class _Gradients:
     def __init__(self, side: Side, head: _Head, wants: Sequence[bool]) -> None:
         self.head = head
         self.hidden = torch.empty_like(side.hidden) if wants[0] else None
-        self.weight = torch.empty_like(side.weight, dtype=head.logits_dtype) if wants[1] else None
+        allocate = torch.empty_like if len(side.hidden) else torch.zeros_like  # the first chunk writes, if there is one
+        self.weight = allocate(side.weight, dtype=head.logits_dtype) if wants[1] else None
         self.bias = None
         if wants[2] and side.bias is not None:
             self.bias = torch.zeros_like(side.bias, dtype=head.logits_dtype)
@@ -104,7 +105,8 @@ class _Gradients:
             self.bias.add_(grad.sum(0), alpha=scale)
         grad = grad.to(hidden.dtype)
         if self.hidden is not None:
-            self.hidden[piece] = (grad @ head.weight).mul_(scale)
+            product = grad @ head.weight
+            self.hidden[piece] = product if scale == 1 else product.mul_(scale)
         if self.weight is not None:
             total, beta = self.weight, float(piece.start > 0)  # with 0 what is in the memory does not count
             out_dtype = {} if grad.dtype == total.dtype else {"out_dtype": total.dtype}
@@ -121,51 +123,6 @@ def _autograd_on() -> Any:
     for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
         off = off.remove(getattr(torch._C.DispatchKey, key))
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off)
-
-
-class _Packed(NamedTuple):
-    """Values by name as an operator takes them: tensors, numbers, and a text that says what is what.
-
-    Numbers come in a CPU tensor: another one (RLSD's lam changes every step) then compiles nothing anew.
-    """
-
-    tensors: list[Tensor]
-    numbers: Tensor
-    layout: str
-
-
-def _pack(values: Values) -> _Packed:
-    tensors, numbers, words = [], [], []
-    one = torch.ones((), dtype=torch.float64)
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            words.append(f"{name}=tensor")
-            tensors.append(value)
-        elif isinstance(value, float):
-            words.append(f"{name}=number")
-            numbers.append(one * value)
-        elif isinstance(value, tuple):
-            words.append(f"{name}=numbers {len(value)}")
-            numbers += [one * each for each in value]
-        else:
-            words.append(f"{name}={value!r}")
-    return _Packed(tensors, torch.stack(numbers), ";".join(words))
-
-
-def _unpack(tensors: Sequence[Tensor], numbers: Tensor, layout: str) -> Values:
-    values: Values = {}
-    next_tensor, next_number = iter(tensors), iter(numbers.tolist())
-    for word in layout.split(";"):
-        name, kind = word.split("=", 1)
-        if kind == "tensor":
-            values[name] = next(next_tensor)
-        elif kind == "number":
-            values[name] = next(next_number)
-        elif kind.startswith("numbers "):
-            values[name] = tuple(next(next_number) for _ in range(int(kind.split()[1])))
-        else:
-            values[name] = ast.literal_eval(kind)
-    return values
 
 
 def _chunk_size(tokens: int, weight: Tensor) -> int:
@@ -208,7 +165,7 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
 
     `upstream` holds the gradient (N,) of each result, or None. A chunk whose gradients are wanted takes three matmuls.
     """
-    values = _unpack(tensors, numbers, layout)
+    values = unpack(tensors, numbers, layout)
     scale, softcap = values.pop("logit_scale"), values.pop("softcap")
     keep = values["mask"]
     family, tokens = FAMILIES[function], hidden.shape[0]
@@ -259,9 +216,7 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
 @torch.library.register_fake("sdkernels::linear_sweep")
 def _(function, hidden, weight, bias, other_hidden, other_weight, other_bias, tensors, numbers, layout, upstream, wants,
       chunk_size, dtype):  # fmt: skip
-    sums = torch.promote_types(
-        torch.promote_types(hidden.dtype, weight.dtype) if dtype is None else dtype, torch.float32
-    )
+    sums = _logits_dtype(hidden, weight, dtype)
     return [
         *_empty_results(function, hidden, layout, sums),
         torch.empty_like(hidden) if wants[0] else hidden.new_empty(0),
@@ -355,7 +310,7 @@ def fused(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if torch.float64 in (student.hidden.dtype, student.weight.dtype):
         dtype = None  # autocast leaves float64 alone
-    tensors, numbers, layout = _pack(values)
+    tensors, numbers, layout = pack(values)
     options = (function, layout, chunk_size, dtype)
     inputs = (*student, *other, numbers, *tensors)
     if factor is None:
