@@ -11,7 +11,7 @@ from sdkernels.grpo import grpo_loss
 from sdkernels.opsd import opsd_loss
 from sdkernels.rlsd import rlsd_loss, rlsd_token_advantage
 from sdkernels.ssd import ssd_loss
-from sdkernels.token_log_prob import rows_log_prob, token_log_prob
+from sdkernels.token_log_prob import rows_log_probs, token_log_prob
 from sdkernels.truncation import Support, truncated_support
 
 Values = dict[str, Any]
@@ -65,13 +65,9 @@ def _token_log_prob(logits: Tensor, other: Tensor | None, values: Values, inplac
     whole = {"token_ids", "temperature", "mask"}
     if any(value is not None for name, value in values.items() if name not in whole):
         return token_log_prob(logits, **values)
-    log_prob, entropy = rows_log_prob(logits, **values_of(values, whole), cu_seqlens=None, inplace=inplace)
+    given = {name: values[name] for name in whole}
+    ((log_prob, entropy),) = rows_log_probs((logits,), **given, cu_seqlens=None, inplace=inplace)
     return log_prob.to(entropy.dtype), entropy
-
-
-def values_of(values: Values, names: set[str]) -> Values:
-    """Those with these names."""
-    return {name: value for name, value in values.items() if name in names}
 
 
 def _truncated_support(logits: Tensor, other: Tensor | None, values: Values, inplace: bool) -> Sequence[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,11 @@ from sdkernels import _check
 from sdkernels.modules import LossModule
 from sdkernels.reductions import over_tokens, reduce
 from sdkernels.rows.layout import kept_tokens
-from sdkernels.token_log_prob import rows_log_prob
+from sdkernels.token_log_prob import rows_log_probs
+from sdkernels.vocab_parallel import shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class GRPOOutput(NamedTuple):
@@ -129,6 +133,8 @@ def grpo_loss(
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> GRPOOutput:
     """GRPO's clipped policy loss, with per-token or per-sequence advantages.
 
@@ -161,6 +167,10 @@ def grpo_loss(
         cu_seqlens: (S + 1,) int32, where packed sequences (N, V) start and end.
         inplace: backward writes the gradient over the logits' memory; a second backward, or another consumer that
             saved the logits, then raises.
+        group: a process group over which the vocabulary is sharded in rank order: logits are (..., V_r), ids global,
+            and results those of the whole rows, the same on every rank, for one exchange of statistics. The upstream
+            gradient must be the same on every rank.
+        vocab_start: this rank's first global id; None means equal shards.
 
     Returns:
         GRPOOutput(loss, log_prob, entropy, ratio): the loss, 0-dim (or (...) for "none"), and per-token (...) float32
@@ -186,7 +196,8 @@ def grpo_loss(
     check_policy_options("logits", logits, token_ids, old_log_prob, options)
     _check.per_sequence("advantages", advantages, token_ids.shape, cu_seqlens, logits)
     keep = kept_tokens(token_ids, mask)
-    log_prob, entropy = rows_log_prob(logits, token_ids, temperature, keep, cu_seqlens, inplace)
+    shard = shard_of(group, vocab_start, logits)
+    ((log_prob, entropy),) = rows_log_probs((logits,), token_ids, temperature, keep, cu_seqlens, inplace, shard)
     per_token = over_tokens(advantages.to(log_prob.dtype), token_ids.shape, cu_seqlens)
     loss, ratio = policy_loss(log_prob, per_token, old_log_prob, keep, options, entropy.dtype)
     return GRPOOutput(*(x.to(entropy.dtype) for x in (loss, log_prob, entropy, ratio)))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdkernels import _check
-from sdkernels.evidence import checked_weighing, evidence_advantage
+from sdkernels.evidence import Weighing, checked_weighing, evidence_advantage
 from sdkernels.grpo import check_policy_options, policy_loss
 from sdkernels.modules import LossModule
 from sdkernels.reductions import over_tokens
 from sdkernels.rows import evidence as rows_evidence
 from sdkernels.rows.layout import as_rows, kept_tokens, kernel_temperature, kernel_values
-from sdkernels.token_log_prob import rows_log_prob
+from sdkernels.token_log_prob import rows_log_probs
+from sdkernels.vocab_parallel import Shard, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class RLSDAdvantage(NamedTuple):
@@ -68,6 +72,8 @@ def rlsd_token_advantage(
     apply_to: str = "all",
     pessimistic: bool = False,
     cu_seqlens: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> RLSDAdvantage:
     """Token advantages weighted by a privileged teacher's evidence ratio, from the logits, in one launch.
 
@@ -96,6 +102,7 @@ def rlsd_token_advantage(
             whose advantage has another sign.
         pessimistic: min(w A, clip(w) A) in place of clip(w) A (Eq. 16).
         cu_seqlens: (S + 1,) int32, where packed sequences (N, V) start and end.
+        group, vocab_start: as for `grpo_loss`; of both sides' logits.
 
     Returns:
         RLSDAdvantage(advantage, weight, information_gain, student_log_prob, teacher_log_prob, student_entropy,
@@ -115,10 +122,23 @@ def rlsd_token_advantage(
     mask = _check.mask("mask", mask, shape, student_logits)
     credit_mask = _check.mask("credit_mask", credit_mask, shape, student_logits)
     weighing = checked_weighing(clip_range, lam, apply_to, pessimistic)
+    shard = shard_of(group, vocab_start, student_logits)
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    if shard is not None:
+        options = dict(temperature=temperature, mask=mask, cu_seqlens=cu_seqlens)
+        return _sharded_advantage(
+            student_logits.detach(),
+            teacher.detach(),
+            token_ids,
+            advantages.detach(),
+            credit_mask,
+            weighing,
+            shard,
+            options,
+        )
     student_rows = as_rows(student_logits.detach())
     leading = student_rows.shape[:-1]
     teacher = teacher.detach()
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
     number, temperatures = kernel_temperature(temperature, shape, cu_seqlens)
     results = rows_evidence.rlsd_token_advantage(
         student_rows,
@@ -132,6 +152,25 @@ def rlsd_token_advantage(
         *weighing,
     )
     return RLSDAdvantage(*(x.reshape(shape) for x in results))
+
+
+def _sharded_advantage(
+    student_logits: Tensor, teacher: Tensor, token_ids: Tensor, advantages: Tensor, credit_mask: Tensor | None,
+    weighing: Weighing, shard: Shard, options: dict[str, Any],
+) -> RLSDAdvantage:  # fmt: skip
+    """`rlsd_token_advantage` of shards: no launch can end with the token math, the exchange is between."""
+    keep = kept_tokens(token_ids, options["mask"])
+    dense = teacher.dim() == student_logits.dim()
+    sides = (student_logits, teacher) if dense else (student_logits,)
+    (student_log_prob, student_entropy), *others = rows_log_probs(sides, token_ids, **options, shard=shard)
+    if others:
+        ((teacher_log_prob, teacher_entropy),) = others
+    else:
+        teacher_log_prob, teacher_entropy = torch.where(keep, teacher.double(), 0), torch.zeros_like(student_entropy)
+    tokens = over_tokens(advantages.double(), token_ids.shape, options["cu_seqlens"])
+    evidence = evidence_advantage(student_log_prob, teacher_log_prob, tokens, keep, credit_mask, weighing)
+    results = (*evidence, student_log_prob, teacher_log_prob, student_entropy, teacher_entropy)
+    return RLSDAdvantage(*(x.to(student_entropy.dtype) for x in results))
 
 
 def rlsd_loss(
@@ -159,6 +198,8 @@ def rlsd_loss(
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> RLSDOutput:
     """RLSD's policy loss: GRPO's clipped surrogate on advantages weighted by a privileged teacher's evidence ratio.
 
@@ -210,9 +251,13 @@ def rlsd_loss(
     credit_mask = _check.mask("credit_mask", credit_mask, shape, student_logits)
     weighing = checked_weighing(clip_range, lam, apply_to, pessimistic)
     keep = kept_tokens(token_ids, mask)
-    student_log_prob, student_entropy = rows_log_prob(student_logits, token_ids, temperature, keep, cu_seqlens, inplace)
-    if dense:
-        teacher_log_prob, teacher_entropy = rows_log_prob(teacher.detach(), token_ids, temperature, keep, cu_seqlens)
+    sides = (student_logits, teacher.detach()) if dense else (student_logits,)
+    shard = shard_of(group, vocab_start, student_logits)
+    (student_log_prob, student_entropy), *others = rows_log_probs(
+        sides, token_ids, temperature, keep, cu_seqlens, inplace, shard
+    )
+    if others:
+        ((teacher_log_prob, teacher_entropy),) = others
     else:
         teacher_log_prob, teacher_entropy = torch.where(keep, teacher.double(), 0), torch.zeros_like(student_entropy)
     own = old_log_prob if evidence_from == "old" and old_log_prob is not None else student_log_prob.detach()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdkernels import _check
+from sdkernels import _check, vocab_parallel
 from sdkernels.rows.layout import RowSupport, as_rows, kernel_temperature
 from sdkernels.rows.support import LISTED, row_support
 from sdkernels.rows.truncated import truncated_log_softmax as rows_log_softmax
+from sdkernels.vocab_parallel import Shard, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Support(NamedTuple):
@@ -37,6 +42,14 @@ class Support(NamedTuple):
         """The same on another device."""
         temperature = self.temperature.to(device) if isinstance(self.temperature, Tensor) else self.temperature
         return Support(self.token_ids.to(device), self.log_probs.to(device), self.size.to(device), temperature)
+
+
+def checked_filters(
+    top_k: int | None, top_p: float | None, min_p: float | None, logits: Tensor, shard: Shard | None = None
+) -> Filters:
+    """Checked filters; of a shard top_k may be more than it has columns."""
+    vocab = logits.shape[-1] if shard is None else sys.maxsize
+    return Filters(*_check.filters(top_k, top_p, min_p, vocab))
 
 
 class Filters(NamedTuple):
@@ -78,6 +91,8 @@ def truncated_log_softmax(
     top_p: float | None = None,
     min_p: float | None = None,
     dtype: torch.dtype | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> Tensor:
     """log q, where q is softmax(logits / temperature) renormalised on its support S: log q on S, -inf elsewhere.
 
@@ -99,6 +114,10 @@ def truncated_log_softmax(
         top_p: in (0, 1]; None or 1 is off.
         min_p: in [0, 1]; None or 0 is off.
         dtype: of the result, as in `torch.log_softmax`; None means the logits'.
+        group: a process group over which the vocabulary is sharded in rank order: logits, result and upstream gradient
+            are (..., V_r) of whole rows. Exchanges: one of statistics and one of sums on S; top_k and top_p take 7 of
+            counts and 7 of masses (4 of 16-bit logits, 13 of float64), and one more together; backward takes one.
+        vocab_start: this rank's first global id; None means equal shards.
 
     Returns:
         (..., V) in nats. A row that holds NaN or +inf, or only -inf, is NaN.
@@ -111,9 +130,13 @@ def truncated_log_softmax(
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     shape = logits.shape[:-1]
     temperature = _check.temperature(temperature, shape, None, logits)
-    filters = Filters(*_check.filters(top_k, top_p, min_p, logits.shape[-1]))
+    shard = shard_of(group, vocab_start, logits)
+    filters = checked_filters(top_k, top_p, min_p, logits, shard)
     rows = as_rows(logits.double() if dtype == torch.float64 else logits)
     scaling = kernel_temperature(temperature, shape, None)
+    if shard is not None:
+        result = vocab_parallel.log_softmax(rows, scaling, filters, logits.dtype if dtype is None else dtype, shard)
+        return result.reshape(logits.shape)
     support = rows_support(rows, None, scaling, filters, LISTED if filters.active else 0)
     return rows_log_softmax(rows, *scaling, *support, logits.dtype if dtype is None else dtype).reshape(logits.shape)
 

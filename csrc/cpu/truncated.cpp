@@ -88,6 +88,7 @@ void gradient_of_row(const Kernels& kernels, const RowView& logits, const RowArg
   }
   if (on_label == 0.0) return;
   const int64_t label = upstream.label_ids[row];
+  if (label < 0 || label >= logits.vocab) return;  // it is in another shard of the vocabulary
   entry(label, (double(element(logits, row, label)) - c.max) * inverse - supports.log_sum[row]);
 }
 

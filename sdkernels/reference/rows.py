@@ -180,11 +180,14 @@ def truncated_gradient(
     """See ``sdkernels.rows.truncated.truncated_gradient``."""
     log_q = _log_q(logits, temperature, temperatures, support)
     inside = log_q != -torch.inf
-    grad = torch.zeros_like(log_q) if upstream is None else upstream.to(log_q.dtype)
+    grad = torch.zeros_like(log_q) if upstream is None else upstream.to(log_q.dtype).where(inside, 0)
+    total = row_sum(grad)
     if label_ids is not None and on_label is not None:
-        grad = grad.scatter(-1, label_ids.long().clamp(0, log_q.shape[-1] - 1).unsqueeze(-1), on_label.unsqueeze(-1))
-    grad = grad.where(inside, 0)
-    grad = grad - log_q.exp() * row_sum(grad)
+        here = (label_ids >= 0) & (label_ids < log_q.shape[-1])  # else it is in another shard of the vocabulary
+        label = label_ids.long().where(here, 0).unsqueeze(-1)
+        grad = grad.scatter_add(-1, label, on_label.where(here, 0).unsqueeze(-1)).where(inside, 0)
+        total = total + on_label.unsqueeze(-1)
+    grad = grad - log_q.exp() * total
     if on_entropy is not None:
         surprise = log_q.exp() * (log_q + support.entropy.unsqueeze(-1))
         grad = grad - on_entropy.unsqueeze(-1) * surprise.where(inside, 0)

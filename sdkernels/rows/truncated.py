@@ -178,9 +178,17 @@ def _setup_token_log_prob(ctx, inputs, output) -> None:
     ctx.save_for_backward(logits, label_ids, output[0], temperatures, *support)
 
 
-def _token_log_prob_backward(ctx, on_log_prob, on_entropy):
-    logits, label_ids, log_prob, temperatures, *support = ctx.saved_tensors
-    support = RowSupport(*support)
+def token_gradient(
+    logits: Tensor,
+    label_ids: Tensor,
+    log_prob: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    support: RowSupport,
+    on_log_prob: Tensor | None,
+    on_entropy: Tensor | None,
+) -> Tensor:
+    """The logits' gradient of on_log_prob log q(label) + on_entropy H(q); labels outside [0, V) are another shard's."""
     invalid = log_prob.isnan()  # as of a label outside the vocabulary: the row's gradient is NaN, and nothing is read
     support = support._replace(
         size=support.size.masked_fill(invalid, 0), log_sum=support.log_sum.masked_fill(invalid, torch.nan)
@@ -190,7 +198,13 @@ def _token_log_prob_backward(ctx, on_log_prob, on_entropy):
     on_label = on_label.masked_fill((log_prob == -torch.inf) | (support.size == 0), 0)
     if on_entropy is not None:
         on_entropy = on_entropy.to(dtype).masked_fill(support.size == 0, 0)
-    grad = truncated_gradient(logits, None, label_ids, on_label, on_entropy, ctx.temperature, temperatures, *support)
+    return truncated_gradient(logits, None, label_ids, on_label, on_entropy, temperature, temperatures, *support)
+
+
+def _token_log_prob_backward(ctx, on_log_prob, on_entropy):
+    logits, label_ids, log_prob, temperatures, *support = ctx.saved_tensors
+    scaling = (ctx.temperature, temperatures)
+    grad = token_gradient(logits, label_ids, log_prob, *scaling, RowSupport(*support), on_log_prob, on_entropy)
     return grad, *(None,) * 11
 
 
