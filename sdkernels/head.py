@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from sdkernels.families import FAMILIES, Values
 from sdkernels.packing import pack, unpack
@@ -18,6 +20,8 @@ from sdkernels.packing import pack, unpack
 # Bytes of float32 logits that a side holds at a time. On a GPU 2,000 tokens keep the matmuls fast and the sum of the
 # weight's gradient, read and written once a chunk, cheap.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
+
+SHARD_TOKENS = {"cpu": 256, "cuda": 2048}  # a chunk's where the vocabulary is sharded
 
 
 class Side(NamedTuple):
@@ -56,6 +60,13 @@ class _Whole(torch.autograd.Function):
 def whole(value: Any) -> Any:
     """A DTensor gathered, anything else as it is."""
     return _Whole.apply(value) if hasattr(value, "full_tensor") else value
+
+
+def first_row(weight: Any, group: dist.ProcessGroup) -> int | None:
+    """The first global row of this rank's part of a DTensor (V, H), sharded as it shards; None of a plain tensor."""
+    if not hasattr(weight, "to_local"):
+        return None
+    return min(group.rank() * -(-weight.shape[0] // group.size()), weight.shape[0])
 
 
 class _Head:
@@ -125,9 +136,13 @@ def _autograd_on() -> Any:
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off)
 
 
-def _chunk_size(tokens: int, weight: Tensor) -> int:
-    """As few chunks as CHUNK_BYTES allows, all of one size: matmuls of few tokens are slow."""
-    most = CHUNK_BYTES["cpu" if weight.device.type == "cpu" else "cuda"] // (4 * weight.shape[0])
+def _chunk_size(tokens: int, weight: Tensor, sharded: bool) -> int:
+    """As few chunks as CHUNK_BYTES allows, all of one size: matmuls of few tokens are slow.
+
+    Ranks of unequal shards must agree on it.
+    """
+    device = "cpu" if weight.device.type == "cpu" else "cuda"
+    most = SHARD_TOKENS[device] if sharded else CHUNK_BYTES[device] // (4 * weight.shape[0])
     chunks = -(-tokens // max(most, 1))
     return -(-tokens // max(chunks, 1)) or 1
 
@@ -167,6 +182,9 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
     """
     values = unpack(tensors, numbers, layout)
     scale, softcap = values.pop("logit_scale"), values.pop("softcap")
+    group = None
+    if "group" in values:
+        group = values["group"] = _resolve_process_group(values["group"])
     keep = values["mask"]
     family, tokens = FAMILIES[function], hidden.shape[0]
     results = _empty_results(function, hidden, layout, _logits_dtype(hidden, weight, dtype))
@@ -174,7 +192,7 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
     with torch.autocast(hidden.device.type, enabled=False), _autograd_on(), torch.no_grad():
         head = _Head(student, scale, softcap, dtype)
         gradients = _Gradients(student, head, wants)
-        chunk_size = chunk_size or _chunk_size(tokens, weight)
+        chunk_size = chunk_size or _chunk_size(tokens, weight, group is not None)
         size = (min(chunk_size, tokens) * (2 if shared else 1), weight.shape[0])
         buffer = torch.empty(size, dtype=head.logits_dtype, device=hidden.device)
         other_head, other_buffer = head, buffer
@@ -210,6 +228,10 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
                 outputs, on_outputs = zip(*((part, on.to(part.dtype)) for part, on in pairs), strict=True)
                 (grad,) = torch.autograd.grad(outputs, leaf, on_outputs)
                 gradients.add(grad, logits, inputs, piece)
+        if group is not None and gradients.hidden is not None:
+            total = gradients.hidden.to(head.logits_dtype)
+            dist.all_reduce(total, group=group)
+            gradients.hidden = total.to(hidden.dtype)
     return [*results, *gradients.all(hidden)]
 
 

@@ -15,7 +15,7 @@ a 16-bit weight for the time of a call.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from sdkernels import _check
 from sdkernels.evidence import checked_weighing
 from sdkernels.grpo import GRPOOutput, check_policy_options
-from sdkernels.head import Other, Side, fused, whole
+from sdkernels.head import Other, Side, first_row, fused, whole
 from sdkernels.opsd import OPSDOutput, check_opsd_options
 from sdkernels.reductions import divided, over_tokens, token_factors
 from sdkernels.rlsd import RLSDAdvantage, RLSDOutput
@@ -31,15 +31,23 @@ from sdkernels.rows.layout import at_tokens, kept_tokens, kernel_temperature
 from sdkernels.rows.statistics import check_values
 from sdkernels.ssd import SSDOutput, SSDTerms, check_sparse_base
 from sdkernels.token_log_prob import TokenLogProb, check_replay
-from sdkernels.truncation import Filters, Support
+from sdkernels.truncation import Filters, Support, checked_filters
+from sdkernels.vocab_parallel import shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _Call:
     """Checked arguments that all of these functions share, flattened to tokens (N,)."""
 
     def __init__(self, name: str, hidden: Any, weight: Any, bias: Any, softcap: Any, logit_scale: Any,
-                 chunk_size: Any) -> None:  # fmt: skip
-        self.student = Side(*_check.head(name, hidden, whole(weight), whole(bias)))
+                 chunk_size: Any, group: Any = None, vocab_start: Any = None) -> None:  # fmt: skip
+        self.sharded = group is not None
+        if self.sharded and vocab_start is None:
+            vocab_start = first_row(weight, group)
+        weight, bias = self.plain(weight, bias)
+        self.student = Side(*_check.head(name, hidden, weight, bias))
         hidden, weight, _ = self.student
         self.shape = hidden.shape[:-1]
         self.logits = hidden.detach().new_zeros(1).expand(*self.shape, weight.shape[0])  # stands in for checks
@@ -48,6 +56,15 @@ class _Call:
         self.values: dict[str, Any] = {"logit_scale": scale, "softcap": 0.0 if cap is None else cap}
         self.chunk_size = None if chunk_size is None else _check.integer("chunk_size", chunk_size, 1)
         self.other = Other()
+        self.shard = shard_of(group, vocab_start, self.logits)
+        if self.shard is not None:
+            self.values |= {"group": self.shard.group.group_name, "vocab_start": self.shard.start}
+
+    def plain(self, weight: Any, bias: Any) -> tuple[Any, Any]:
+        """DTensors of a head as tensors: gathered, or with a group the local part."""
+        if not self.sharded:
+            return whole(weight), whole(bias)
+        return tuple(x.to_local() if hasattr(x, "to_local") else x for x in (weight, bias))  # type: ignore[return-value]
 
     def detach(self) -> None:
         """Let no gradient flow."""
@@ -63,7 +80,8 @@ class _Call:
                 raise ValueError(f"{names[2]} needs {names[1]}, got None")
             hidden, _, _ = _check.head(name, hidden, student.weight.detach(), None)
         else:
-            hidden, weight, bias = _check.head(name, hidden, whole(weight), whole(bias), *names[1:])
+            weight, bias = self.plain(weight, bias)
+            hidden, weight, bias = _check.head(name, hidden, weight, bias, *names[1:])
             for each, value in zip(names[1:], (weight, bias), strict=True):
                 if value is not None:
                     _check.constant(each, value)
@@ -89,7 +107,7 @@ class _Call:
             keep = kept_tokens(token_ids, mask)
             temperature = self.values["temperature"]
             tempered = temperature.reshape(self.shape) if isinstance(temperature, Tensor) else None
-            if not torch.compiler.is_compiling():
+            if self.shard is None and not torch.compiler.is_compiling():
                 check_values(self.logits, token_ids, keep, tempered)
             self.values["token_ids"] = token_ids.reshape(-1)
         else:
@@ -140,6 +158,8 @@ def linear_token_log_prob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> TokenLogProb:
     """`token_log_prob` of z = softcap tanh((hidden @ lm_head_weight.T + bias) logit_scale / softcap).
 
@@ -155,6 +175,9 @@ def linear_token_log_prob(
         softcap: c > 0 caps logits at +-c; None does not. (Two more sweeps over the chunk forward, two backward.)
         logit_scale: multiplies the logits before the cap.
         chunk_size: tokens at a time; None follows from a fixed number of bytes (see this module).
+        group, vocab_start: as for `token_log_prob`, for a head sharded over the group: lm_head_weight and bias are this
+            rank's rows (of a DTensor its local ones), hidden states are the same on every rank, and so is their
+            gradient, which is all-reduced. One exchange of statistics a chunk; chunks are of a fixed number of tokens.
 
     Returns:
         TokenLogProb(log_prob, entropy), each (...), float32 (float64 for float64), differentiable with respect to
@@ -163,13 +186,13 @@ def linear_token_log_prob(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
-    call = _Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    call = _Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start)
     cu_seqlens = _check.cu_seqlens(cu_seqlens, call.shape, call.logits)
     call.set_temperature(temperature, cu_seqlens)
     keep = call.set_tokens(token_ids, mask)
-    filters = Filters(*_check.filters(top_k, top_p, min_p, call.logits.shape[-1]))
+    filters = checked_filters(top_k, top_p, min_p, call.logits, call.shard)
     if support is not None:
-        ids = check_replay(support, filters, token_ids, keep, call.logits)
+        ids = check_replay(support, filters, token_ids, keep, call.logits, call.shard)
         call.values["support"] = ids.reshape(-1, ids.shape[-1])
     else:
         call.set_values(**filters.given())
@@ -198,6 +221,8 @@ def linear_grpo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> GRPOOutput:
     """`grpo_loss` from hidden states: 3 matmuls with gradients, 2 with a frozen head, 1 without gradients.
 
@@ -211,7 +236,7 @@ def linear_grpo_loss(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
-    call = _Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    call = _Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start)
     options = dict(
         epsilon_low=epsilon_low,
         epsilon_high=epsilon_high,
@@ -280,6 +305,8 @@ def linear_rlsd_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> RLSDOutput:
     """`rlsd_loss` from the hidden states of policy and teacher, or from the teacher's log-probs.
 
@@ -300,7 +327,9 @@ def linear_rlsd_loss(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
-    call = _Call("student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    call = _Call(
+        "student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start
+    )
     options = dict(
         epsilon_low=epsilon_low,
         epsilon_high=epsilon_high,
@@ -365,6 +394,8 @@ def linear_rlsd_token_advantage(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> RLSDAdvantage:
     """`rlsd_token_advantage` from hidden states: 2 matmuls, as one where both share the head; no gradients.
 
@@ -380,7 +411,9 @@ def linear_rlsd_token_advantage(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
-    call = _Call("student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    call = _Call(
+        "student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start
+    )
     call.detach()
     cu_seqlens = _check.cu_seqlens(cu_seqlens, call.shape, call.logits)
     _check.per_sequence("advantages", advantages, call.shape, cu_seqlens, call.logits)
