@@ -31,7 +31,7 @@ from sdkernels.rows.layout import at_tokens, kept_tokens, kernel_temperature
 from sdkernels.rows.statistics import check_values
 from sdkernels.ssd import SSDOutput, SSDTerms, check_sparse_base
 from sdkernels.token_log_prob import TokenLogProb, check_replay
-from sdkernels.truncation import Filters, Support, checked_filters
+from sdkernels.truncation import Support, checked_filters
 from sdkernels.vocab_parallel import shard_of
 
 if TYPE_CHECKING:
@@ -446,6 +446,8 @@ def linear_ssd_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> SSDOutput:
     """`ssd_loss` from hidden states of student and base, or from a recorded `Support` of the base.
 
@@ -464,18 +466,20 @@ def linear_ssd_loss(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
-    call = _Call("student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    call = _Call(
+        "student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start
+    )
     factors = _check.reals("weights", weights, 3)
     cu_seqlens = _check.cu_seqlens(cu_seqlens, call.shape, call.logits)
     token_weight = _check.per_token("token_weight", token_weight, call.shape, call.logits)
     _check.reduction(reduction, normalizer, call.shape, cu_seqlens, call.logits)
-    filters = Filters(*_check.filters(top_k, top_p, min_p, call.logits.shape[-1]))
+    filters = checked_filters(top_k, top_p, min_p, call.logits, call.shard)
     call.set_temperature(temperature, cu_seqlens)
     keep = call.set_tokens(None, mask)
     if isinstance(base, Support):
         if base_lm_head_weight is not None or base_bias is not None:
             raise ValueError("base_lm_head_weight and base_bias need a base of hidden states (..., H), got a Support")
-        ids, log_probs = check_sparse_base(base, temperature, filters, keep, cu_seqlens, call.logits)
+        ids, log_probs = check_sparse_base(base, temperature, filters, keep, cu_seqlens, call.logits, call.shard)
         call.values["base_ids"] = ids.reshape(-1, ids.shape[-1])
         call.values["base_log_probs"] = log_probs.detach().reshape(-1, ids.shape[-1])
     else:
@@ -509,6 +513,8 @@ def linear_opsd_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> OPSDOutput:
     """`opsd_loss` from hidden states: 4 matmuls with gradients, one of them for the teacher; 3 with a frozen head.
 
@@ -524,7 +530,9 @@ def linear_opsd_loss(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
-    call = _Call("student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    call = _Call(
+        "student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start
+    )
     options = dict(
         divergence=divergence,
         beta=beta,
@@ -584,7 +592,7 @@ def linear_truncated_support(
     """
     call = _Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
     call.detach()
-    filters = Filters(*_check.filters(top_k, top_p, min_p, call.logits.shape[-1]))
+    filters = checked_filters(top_k, top_p, min_p, call.logits, call.shard)
     call.set_temperature(temperature, None)
     call.set_tokens(None, mask)
     call.set_values(max_size=_check.integer("max_size", max_size, 1), **filters.given())

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdkernels import _check
+from sdkernels import vocab_parallel_pairs as pairs
 from sdkernels.modules import LossModule
 from sdkernels.reductions import reduce
 from sdkernels.rows.divergence import row_divergence
 from sdkernels.rows.information import row_information
 from sdkernels.rows.layout import as_rows, kernel_temperature
 from sdkernels.rows.reduced import reduced_rows, top_ids
+from sdkernels.vocab_parallel import shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
@@ -85,6 +90,8 @@ def opsd_loss(
     reduction: str = "token-mean",
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> OPSDOutput:
     """Divergence of the student from a teacher over the vocabulary: OPSD, GKD, and SDPO with `top_k`.
 
@@ -125,6 +132,7 @@ def opsd_loss(
         normalizer: replaces the token count, the number of sequences, or the 1 of "sum"; under gradient accumulation
             or DDP the global count / world size.
         cu_seqlens: (S + 1,) int32, where packed sequences (N, V) start and end.
+        group, vocab_start: as for `grpo_loss`; two exchanges for the JSD, with `token_clip` and with `top_k`.
 
     Returns:
         OPSDOutput(loss, divergence): the loss, 0-dim (or (...) for "none"), and D (...), float32 in nats (float64 for
@@ -158,15 +166,21 @@ def opsd_loss(
     keep = torch.ones(shape, dtype=torch.bool, device=student.device) if mask is None else mask
     kept_rows = keep.reshape(student.shape[:-1]).contiguous()
     scaling = kernel_temperature(temperature, shape, cu_seqlens)
-    if 0 < places < vocab:
+    shard = shard_of(group, vocab_start, student_logits)
+    if shard is not None and places > 0:
+        student, teacher = pairs.reduced(student, teacher, places, by_teacher, kept_rows, scaling, shard)
+    elif 0 < places < vocab:
         ids = top_ids(teacher if by_teacher else student.detach(), kept_rows, places)
         student, teacher, *_ = reduced_rows(student, teacher, ids, by_teacher, tail, kept_rows, *scaling)
-        scaling = (1.0, None)
+    if places > 0 and (shard is not None or places < vocab):
+        scaling, shard = (1.0, None), None  # a row of k + 1 logits, the same on every rank
         if not tail:
             student, teacher = student[..., :places], teacher[..., :places]
-    values, *_ = row_divergence(
-        student, teacher, kept_rows, *scaling, divergence, weight, math.inf if clip is None else clip
-    )
+    divide = (divergence, weight, math.inf if clip is None else clip)
+    if shard is not None:
+        values = pairs.divergence(student, teacher, kept_rows, scaling, divide, shard)
+    else:
+        values, *_ = row_divergence(student, teacher, kept_rows, *scaling, *divide)
     values = values.reshape(shape)
     loss = values if token_weight is None else torch.where(keep, values * token_weight, 0)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
@@ -179,6 +193,8 @@ def opsd_decomposition(
     *,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> OPSDTerms:
     """Split OPSD's loss into what a student can remove and what can only leak (RLSD Theorem 1), on samples of r.
 
@@ -198,6 +214,7 @@ def opsd_decomposition(
         teacher_logits: (R, ..., V), R >= 1: the same positions under R samples of r.
         temperature: T, a number > 0, or a tensor (...), or (...) without time.
         mask: (...), kept where non-zero; masked rows are not read, their terms are 0.
+        group, vocab_start: as for `grpo_loss`, in two exchanges.
 
     Returns:
         OPSDTerms(total, marginal_kl, mutual_information), each (...), float32 in nats (float64 for float64 logits),
@@ -217,7 +234,14 @@ def opsd_decomposition(
     kept_rows = None if mask is None else mask.reshape(student.shape[:-1]).contiguous()
     scaling = kernel_temperature(temperature, shape, None)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    return OPSDTerms(*(x.reshape(shape).to(dtype) for x in row_information(student, teachers, kept_rows, *scaling)))
+    shard = shard_of(group, vocab_start, student_logits)
+    if shard is not None:
+        every = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+        keep = every if kept_rows is None else kept_rows
+        terms = pairs.information(student, teachers, keep, scaling, shard)
+    else:
+        terms = row_information(student, teachers, kept_rows, *scaling)
+    return OPSDTerms(*(x.reshape(shape).to(dtype) for x in terms))
 
 
 class OPSDLoss(LossModule):

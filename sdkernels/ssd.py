@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdkernels import _check
+from sdkernels import vocab_parallel_pairs as pairs
 from sdkernels.modules import LossModule
 from sdkernels.reductions import reduce
 from sdkernels.rows.layout import as_rows, at_tokens, kernel_temperature
 from sdkernels.rows.pair import pair_statistics
 from sdkernels.rows.support import LISTED
-from sdkernels.truncation import Filters, Support, rows_support
+from sdkernels.truncation import Filters, Support, checked_filters, rows_support
+from sdkernels.vocab_parallel import Shard, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SSDTerms(NamedTuple):
@@ -54,6 +59,8 @@ def ssd_decomposition(
     top_p: float | None = None,
     min_p: float | None = None,
     mask: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> SSDTerms:
     """Split SSD's expected loss, the cross-entropy to the base's truncated distribution, into its terms (Eq. 4).
 
@@ -80,6 +87,8 @@ def ssd_decomposition(
         temperature: T, a number > 0, or a tensor (...), or (...) without time.
         top_k, top_p, min_p: the filters of `truncated_log_softmax`, on the base.
         mask: (...), kept where non-zero; masked rows are not read, their terms and gradient are 0.
+        group, vocab_start: as for `grpo_loss`; ids of a `Support` are global. One exchange, besides those of
+            `truncated_log_softmax` for the filters.
 
     Returns:
         SSDTerms of the three terms, constant, cross_entropy, kept_mass = sum_{v in S} p(v) and support_size = |S|, each
@@ -89,7 +98,7 @@ def ssd_decomposition(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
-    terms, _ = _terms(student_logits, base, temperature, top_k, top_p, min_p, mask)
+    terms, _ = _terms(student_logits, base, temperature, (top_k, top_p, min_p), mask, None, (group, vocab_start))
     return _in_dtype_of(student_logits, terms)
 
 
@@ -107,6 +116,8 @@ def ssd_loss(
     reduction: str = "token-mean",
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> SSDOutput:
     """SSD's expected loss, -sum_v q(v) log p(v), with a weight on each of its terms.
 
@@ -126,6 +137,7 @@ def ssd_loss(
         normalizer: replaces the token count, the number of sequences, or the 1 of "sum"; under gradient accumulation
             or DDP the global count / world size.
         cu_seqlens: (S + 1,) int32, where packed sequences (N, V) start and end.
+        group, vocab_start: as for `ssd_decomposition`.
 
     Returns:
         SSDOutput(loss, terms): the loss, 0-dim (or (...) for "none"), and the SSDTerms of each token.
@@ -139,7 +151,9 @@ def ssd_loss(
     cu_seqlens = _check.cu_seqlens(cu_seqlens, shape, student_logits)
     token_weight = _check.per_token("token_weight", token_weight, shape, student_logits)
     _check.reduction(reduction, normalizer, shape, cu_seqlens, student_logits)
-    terms, keep = _terms(student_logits, base, temperature, top_k, top_p, min_p, mask, cu_seqlens)
+    terms, keep = _terms(
+        student_logits, base, temperature, (top_k, top_p, min_p), mask, cu_seqlens, (group, vocab_start)
+    )
     loss = terms.constant
     for factor, term in zip(factors, terms[:3], strict=True):
         loss = loss + (factor * term if factor != 0 else 0 * term.nan_to_num(0, 0, 0))  # it may be infinite
@@ -178,36 +192,42 @@ def _terms(
     student_logits: Tensor,
     base: Tensor | Support,
     temperature: float | Tensor,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
+    given: tuple[int | None, float | None, float | None],
     mask: Tensor | None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None,
+    sharding: tuple[ProcessGroup | None, int | None],
 ) -> tuple[SSDTerms, Tensor]:
     """The terms in float64, and which tokens count."""
     _check.logits("student_logits", student_logits)
     shape = student_logits.shape[:-1]
     temperature = _check.temperature(temperature, shape, cu_seqlens, student_logits)
     mask = _check.mask("mask", mask, shape, student_logits)
-    filters = Filters(*_check.filters(top_k, top_p, min_p, student_logits.shape[-1]))
+    shard = shard_of(*sharding, student_logits)
+    filters = checked_filters(*given, student_logits, shard)
     student = as_rows(student_logits)
     keep = torch.ones(shape, dtype=torch.bool, device=student.device) if mask is None else mask
     kept_rows = keep.reshape(student.shape[:-1]).contiguous()
     scaling = kernel_temperature(temperature, shape, cu_seqlens)
+    base_rows: Tensor | None = None
+    support: tuple[Tensor | None, ...] = (None,) * 4
+    found = lists = None
     if isinstance(base, Support):
-        token_ids, log_probs = check_sparse_base(base, temperature, filters, keep, cu_seqlens, student_logits)
-        lists = (token_ids.clamp(-1, 2**31 - 1).int(), log_probs.to(torch.promote_types(student.dtype, torch.float32)))
-        rows = [x.detach().reshape(*kept_rows.shape, x.shape[-1]).contiguous() for x in lists]
-        results = pair_statistics(student, None, kept_rows, *scaling, None, None, *rows)
+        token_ids, log_probs = check_sparse_base(base, temperature, filters, keep, cu_seqlens, student_logits, shard)
+        ids = token_ids.clamp(-1, 2**31 - 1).int().reshape(*kept_rows.shape, token_ids.shape[-1]).contiguous()
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        lists = (ids, log_probs.detach().to(dtype).reshape(ids.shape).contiguous())
+        support = (None, None, *lists)
     else:
         if not isinstance(base, Tensor):
             raise TypeError(f"base must be a torch.Tensor or a Support, got {type(base).__name__}")
         _check.same_logits("base", base, student_logits)
         base_rows = as_rows(base.detach())
-        support: tuple[Tensor | None, ...] = (None,) * 4
         if filters.active:
-            found = rows_support(base_rows, kept_rows, scaling, filters, LISTED)
+            found = rows_support(base_rows, kept_rows, scaling, filters, LISTED, shard=shard)
             support = (found.threshold, found.size, found.token_ids, found.log_probs)
+    if shard is not None:
+        results = pairs.ssd_sums(student, base_rows, kept_rows, scaling, found, lists, shard)
+    else:
         results = pair_statistics(student, base_rows, kept_rows, *scaling, *support)
     lse, support_lse, tempered_lse, cross, negentropy, size = (x.reshape(shape) for x in results[:6])
     t = _temperature_at_tokens(temperature, shape, cu_seqlens)
@@ -232,6 +252,7 @@ def check_sparse_base(
     keep: Tensor,
     cu_seqlens: Tensor | None,
     student_logits: Tensor,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The ids and log-probs of a base that is a Support."""
     if filters.active:
@@ -245,7 +266,8 @@ def check_sparse_base(
     recorded, wanted = (_temperature_at_tokens(x, keep.shape, cu_seqlens) for x in (given, temperature))
     _check.same_temperature("base.temperature", recorded, wanted, keep)
     if not torch.compiler.is_compiling():
-        _check.support_id_values("base.token_ids", token_ids, keep, student_logits.shape[-1])
+        if shard is None:
+            _check.support_id_values("base.token_ids", token_ids, keep, student_logits.shape[-1])
         _check.normalised("base.log_probs", log_probs, token_ids, keep)
     return token_ids, log_probs
 

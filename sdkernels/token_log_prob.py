@@ -134,7 +134,7 @@ def _truncated_log_prob(
     ids = token_ids.reshape(keep.shape).contiguous()
     scaling = kernel_temperature(temperature, token_ids.shape, cu_seqlens)
     if shard is not None:
-        found = vocab_parallel.support(rows, keep, scaling, filters, shard)
+        found = rows_support(rows, keep, scaling, filters, 0, shard=shard)
         label = vocab_parallel.labels_of(rows, ids, keep, shard)
         log_prob, entropy = vocab_parallel.truncated_log_prob(rows, ids, label, keep, scaling, found, found, shard)
     else:

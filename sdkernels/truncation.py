@@ -77,8 +77,12 @@ def rows_support(
     filters: Filters,
     capacity: int,
     partial: bool = False,
+    shard: Shard | None = None,
 ) -> RowSupport:
-    """The supports of rows as `as_rows` returns them, with lists of at most `capacity` ids."""
+    """The supports of rows as `as_rows` returns them, with lists of at most `capacity` ids; of a shard without."""
+    if shard is not None:
+        keep = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device) if mask is None else mask
+        return vocab_parallel.support(rows, keep, temperature, filters, shard)
     mask = None if mask is None else mask.reshape(rows.shape[:-1]).contiguous()
     return RowSupport(*row_support(rows.detach(), mask, *temperature, *filters, capacity, partial))
 

@@ -91,11 +91,11 @@ def attach(rows: Tensor, gradient: Callable[..., Tensor], *results: Tensor) -> t
 
 
 class Normaliser(NamedTuple):
-    """Of whole rows, float64: the maximum, the centred log sum, and each rank's share of the mass (ranks, ...)."""
+    """Of whole rows, float64: the maximum, the centred log sum, and the log of each rank's share (ranks, ...)."""
 
     max: Tensor
     log_sum: Tensor
-    shares: Tensor
+    log_shares: Tensor
 
 
 def merged(maxima: Tensor, log_sums: Tensor, t: Tensor | float) -> Normaliser:
@@ -104,7 +104,7 @@ def merged(maxima: Tensor, log_sums: Tensor, t: Tensor | float) -> Normaliser:
     top = maxima.masked_fill(nothing, -torch.inf).amax(0)
     logs = torch.where(nothing, -torch.inf, (maxima - top) / t + log_sums)
     log_sum = logs.logsumexp(0).masked_fill(nothing.all(0), torch.nan)
-    return Normaliser(top, log_sum, (logs - log_sum).exp())
+    return Normaliser(top, log_sum, logs - log_sum)
 
 
 def temperature_at(scaling: Scaling, keep: Tensor) -> Tensor | float:
@@ -156,7 +156,8 @@ def log_probs(
     for i, rows in enumerate(sides):
         maxima, log_sums, means, labels, owned = received[5 * i : 5 * i + 5]
         check_owned(owned.sum(0), keep, ids)
-        top, log_sum, shares = merged(maxima, log_sums, t)
+        top, log_sum, log_shares = merged(maxima, log_sums, t)
+        shares = log_shares.exp()
         shifted = means + torch.where(shares == 0, 0, (maxima - top) / t)
         entropy = log_sum - (shares * shifted).sum(0)
         log_prob = (labels.sum(0) - top) / t - log_sum
