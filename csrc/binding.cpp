@@ -53,6 +53,10 @@ const float* floats(const std::optional<Tensor>& tensor, int64_t count) {
   return tensor ? floats(*tensor, count) : nullptr;
 }
 
+const double* doubles(const std::optional<Tensor>& tensor, int64_t count) {
+  return tensor ? doubles(*tensor, count) : nullptr;
+}
+
 RowArguments row_arguments(const RowView& view, const std::optional<Tensor>& token_ids,
                            const std::optional<Tensor>& mask, double temperature,
                            const std::optional<Tensor>& temperatures) {
@@ -227,13 +231,17 @@ sdkernels::DivergenceOptions divergence_options(const std::string& divergence, d
 
 void row_divergence(Tensor student, Tensor teacher, std::optional<Tensor> mask, double temperature,
                     std::optional<Tensor> temperatures, std::string divergence, double beta, double token_clip,
-                    Tensor value, Tensor slope, Tensor log_sum, Tensor teacher_log_sum, Tensor max, Tensor teacher_max,
+                    std::optional<Tensor> known_log_sum, std::optional<Tensor> known_teacher_log_sum,
+                    std::optional<Tensor> known_max, std::optional<Tensor> known_teacher_max, Tensor value,
+                    Tensor slope, Tensor log_sum, Tensor teacher_log_sum, Tensor max, Tensor teacher_max,
                     std::string instruction_set) {
   const RowView view = row_view(student);
   const int64_t rows = view.rows();
   sdkernels::row_divergence(kernels_for(instruction_set), view, view_like(teacher, view),
                             row_arguments(view, std::nullopt, mask, temperature, temperatures),
                             divergence_options(divergence, beta, token_clip),
+                            {doubles(known_log_sum, rows), doubles(known_teacher_log_sum, rows),
+                             floats(known_max, rows), floats(known_teacher_max, rows)},
                             {doubles(value, rows), doubles(slope, rows), doubles(log_sum, rows),
                              doubles(teacher_log_sum, rows), floats(max, rows), floats(teacher_max, rows)},
                             parallel_for);
@@ -255,22 +263,24 @@ void divergence_gradient(Tensor student, Tensor teacher, double temperature, std
 
 void reduced_rows(Tensor student, Tensor teacher, Tensor token_ids, bool by_teacher, bool tail,
                   std::optional<Tensor> mask, double temperature, std::optional<Tensor> temperatures,
-                  Tensor student_row, Tensor teacher_row, Tensor tail_max, Tensor tail_log_sum,
-                  std::string instruction_set) {
+                  Tensor student_row, Tensor teacher_row, Tensor tail_max, Tensor tail_log_sum, Tensor teacher_tail_max,
+                  Tensor teacher_tail_log_sum, std::string instruction_set) {
   const sdkernels::Kernels& kernels = kernels_for(instruction_set);
   const RowView view = row_view(student);
   const int64_t rows = view.rows(), capacity = capacity_of(token_ids, rows), entries = rows * (capacity + 1);
   const RowArguments arguments = row_arguments(view, std::nullopt, mask, temperature, temperatures);
   const int32_t* ids = vector_of<int32_t>(token_ids, ScalarType::Int, rows * capacity);
-  // Ids of -1 say that the row that chose them is bad.
+  // Ids of -1 in all places say that the row that chose them is bad.
   const auto tail_of = [&](bool chose) {
     return tail ? sdkernels::Tail::kSummed : chose ? sdkernels::Tail::kIgnored : sdkernels::Tail::kChecked;
   };
   sdkernels::reduced_rows(kernels, view, arguments, ids, capacity, tail_of(!by_teacher),
                           {floats(student_row, entries), floats(tail_max, rows), doubles(tail_log_sum, rows)},
                           parallel_for);
-  sdkernels::reduced_rows(kernels, view_like(teacher, view), arguments, ids, capacity, tail_of(by_teacher),
-                          {floats(teacher_row, entries), nullptr, nullptr}, parallel_for);
+  sdkernels::reduced_rows(
+      kernels, view_like(teacher, view), arguments, ids, capacity, tail_of(by_teacher),
+      {floats(teacher_row, entries), floats(teacher_tail_max, rows), doubles(teacher_tail_log_sum, rows)},
+      parallel_for);
 }
 
 void reduced_gradient(Tensor student, Tensor token_ids, double temperature, std::optional<Tensor> temperatures,
@@ -285,14 +295,15 @@ void reduced_gradient(Tensor student, Tensor token_ids, double temperature, std:
 }
 
 void row_information(Tensor student, Tensor teachers, std::optional<Tensor> mask, double temperature,
-                     std::optional<Tensor> temperatures, Tensor total, Tensor marginal, Tensor information,
-                     std::string instruction_set) {
+                     std::optional<Tensor> temperatures, std::optional<Tensor> log_sums, std::optional<Tensor> maxima,
+                     Tensor total, Tensor marginal, Tensor information, std::string instruction_set) {
   const RowView view = row_view(student);
-  const int64_t rows = view.rows();
+  const int64_t rows = view.rows(), known = rows * (teachers.size(0) + 1);
   std::vector<RowView> samples(teachers.size(0), view_like(teachers, view, 1));
   for (int64_t r = 0; r < teachers.size(0); ++r) samples[r].data += r * teachers.stride(0) * samples[r].element_size();
   sdkernels::row_information(kernels_for(instruction_set), view, samples,
                              row_arguments(view, std::nullopt, mask, temperature, temperatures),
+                             {doubles(log_sums, known), floats(maxima, known)},
                              {doubles(total, rows), doubles(marginal, rows), doubles(information, rows)}, parallel_for);
 }
 
@@ -344,7 +355,8 @@ STABLE_TORCH_LIBRARY(sdkernels_cpu, m) {
       "Tensor on_cross, Tensor(a!) grad, str instruction_set='') -> ()");
   m.def(
       "row_divergence(Tensor student, Tensor teacher, Tensor? mask, float temperature, Tensor? temperatures, "
-      "str divergence, float beta, float token_clip, Tensor(a!) value, Tensor(b!) slope, Tensor(c!) log_sum, "
+      "str divergence, float beta, float token_clip, Tensor? known_log_sum, Tensor? known_teacher_log_sum, "
+      "Tensor? known_max, Tensor? known_teacher_max, Tensor(a!) value, Tensor(b!) slope, Tensor(c!) log_sum, "
       "Tensor(d!) teacher_log_sum, Tensor(e!) max, Tensor(f!) teacher_max, str instruction_set='') -> ()");
   m.def(
       "divergence_gradient(Tensor student, Tensor teacher, float temperature, Tensor? temperatures, str divergence, "
@@ -353,13 +365,15 @@ STABLE_TORCH_LIBRARY(sdkernels_cpu, m) {
   m.def(
       "reduced_rows(Tensor student, Tensor teacher, Tensor token_ids, bool by_teacher, bool tail, Tensor? mask, "
       "float temperature, Tensor? temperatures, Tensor(a!) student_row, Tensor(b!) teacher_row, Tensor(c!) tail_max, "
-      "Tensor(d!) tail_log_sum, str instruction_set='') -> ()");
+      "Tensor(d!) tail_log_sum, Tensor(e!) teacher_tail_max, Tensor(f!) teacher_tail_log_sum, "
+      "str instruction_set='') -> ()");
   m.def(
       "reduced_gradient(Tensor student, Tensor token_ids, float temperature, Tensor? temperatures, Tensor tail_max, "
       "Tensor tail_log_sum, Tensor upstream, Tensor(a!) grad, str instruction_set='') -> ()");
   m.def(
       "row_information(Tensor student, Tensor teachers, Tensor? mask, float temperature, Tensor? temperatures, "
-      "Tensor(a!) total, Tensor(b!) marginal, Tensor(c!) information, str instruction_set='') -> ()");
+      "Tensor? log_sums, Tensor? maxima, Tensor(a!) total, Tensor(b!) marginal, Tensor(c!) information, "
+      "str instruction_set='') -> ()");
   m.def(
       "row_masses(Tensor logits, Tensor? mask, float temperature, Tensor? temperatures, Tensor max, Tensor pivots, "
       "Tensor(a!) counts, Tensor(b!) masses, Tensor(c!) moments, str instruction_set='') -> ()");

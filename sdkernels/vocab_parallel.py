@@ -65,7 +65,7 @@ def exchange(shard: Shard, columns: Sequence[Tensor]) -> Tensor:
         if any(start != sum(sizes[:rank]) for rank, start in enumerate(starts)):
             raise ValueError(f"vocab_start must make shards cover the vocabulary in rank order, got shards of "
                              f"{[int(x) for x in sizes]} tokens from {[int(x) for x in starts]} on")  # fmt: skip
-    return received[:, :-2].reshape(-1, *mine.shape).transpose(0, 1)
+    return received[:, :-2].reshape(-1, *mine.shape).transpose(0, 1).contiguous()
 
 
 class _Attached(torch.autograd.Function):

@@ -66,13 +66,19 @@ def ssd_sums(
     else:
         arguments = (None,) * 4 if found is None else (found.threshold, found.size, found.token_ids, found.log_probs)
         local = pair_statistics(student.detach(), base, keep, *scaling, *arguments)
-        m, log_sum, *received = exchange(shard, [*columns, *local[1:6], local[7], local[9], local[10]])
-        top, log_sum, _ = merged(m, log_sum, 1.0)
+        columns += [*local[1:4], local[5], local[7], local[9], local[10]]
+        if found is None:  # of a shard whose student is all -inf the pair does not tell the base's entropy
+            columns.append(row_statistics(base, torch.where(keep, 0, -100), None, *scaling, False)[1])
+        m, log_sums, *received = exchange(shard, columns)
+        top, log_sum, _ = merged(m, log_sums, 1.0)
         if found is None:
-            base_max, base_log_sum, _ = merged(received[7], received[5], t)
+            of_base = merged(received[6], received[4], t)
+            base_max, base_log_sum = of_base.max, of_base.log_sum
+            share = of_base.log_shares.exp()
+            negentropy = torch.where(share > 0, share * (of_base.log_shares - received[7]), 0).sum(0)
         else:
-            base_max, base_log_sum = found.max.double(), found.log_sum
-        sums = _merged_sums(received, base_max, base_log_sum, t)
+            base_max, base_log_sum, negentropy = found.max.double(), found.log_sum, -found.entropy.double()
+        sums = _merged_sums(received[:7], log_sums == -torch.inf, base_max, base_log_sum, negentropy, t)
     bad = log_sum.isnan() | base_log_sum.isnan() | sums.support_lse.isnan()
     invalid = torch.where((sums.size > 0) & top.isfinite() & ~bad, 0.0, torch.nan)
     lse = top - sums.max + log_sum
@@ -87,7 +93,7 @@ def ssd_sums(
 
     def gradient(rows: Tensor, *upstream: Tensor | None) -> Tensor:
         zeros = torch.zeros_like(log_sum)
-        on = [zeros if x is None else torch.where(keep, x.double(), 0) for x in upstream]
+        on = [zeros if x is None else torch.where(keep, x.double(), 0).contiguous() for x in upstream]
         return pair_gradient(rows, base, *scaling, *arguments, *saved, *on)
 
     return (*attach(student, gradient, *four), negentropy, size)
@@ -112,21 +118,26 @@ def _listed_sums(received: Tensor, log_q: Tensor, live: Tensor, t: Tensor | floa
     )
 
 
-def _merged_sums(received: list[Tensor], base_max: Tensor, base_log_sum: Tensor, t: Tensor | float) -> Sums:
-    """From the shards' sums (ranks, ...), each with its own q on its own part of S."""
-    support_lse, tempered_lse, cross, negentropy, size, local_log_sum, support_max, local_base_max = received
-    some = size > 0
+def _merged_sums(
+    received: list[Tensor], impossible: Tensor, base_max: Tensor, base_log_sum: Tensor, negentropy: Tensor,
+    t: Tensor | float,
+) -> Sums:  # fmt: skip
+    """From the shards' sums (ranks, ...), each with its own q on its own part of S.
+
+    Where the student is `impossible`, all -inf, its own sums are NaN; then those of z on S are -inf.
+    """
+    support_lse, tempered_lse, cross, size, local_log_sum, support_max, local_base_max = received
+    some = (size > 0) & ~impossible
     m = support_max.where(some, -torch.inf).amax(0)
+    m = m.masked_fill(m == -torch.inf, 0)
     moved = (support_max - m).where(some, 0)
-    log_share = ((local_base_max - base_max) / t + local_log_sum - base_log_sum).where(some, -torch.inf)
-    share = log_share.exp()
-    lse = (support_lse + moved).where(some, -torch.inf).logsumexp(0)
-    tempered = ((tempered_lse + moved) / t).where(some, -torch.inf).logsumexp(0) * t
+    share = ((local_base_max - base_max) / t + local_log_sum - base_log_sum).where(size > 0, -torch.inf).exp()
+    cross = (cross + moved).masked_fill(impossible, -torch.inf)
     return Sums(
-        lse,
-        tempered,
-        torch.where(share > 0, share * (cross + moved), 0).sum(0),
-        torch.where(share > 0, share * (negentropy + log_share), 0).sum(0),
+        (support_lse + moved).where(some, -torch.inf).logsumexp(0),
+        ((tempered_lse + moved) / t).where(some, -torch.inf).logsumexp(0) * t,
+        torch.where(share > 0, share * cross, 0).sum(0),
+        negentropy,
         size.sum(0),
         m,
     )
@@ -158,10 +169,10 @@ def divergence(
         value = part.sum(0) + 0 * (p.log_sum + q.log_sum)
         invalid = 0 * (p.log_sum + q.log_sum)
         slope = invalid - 1 if name == "forward_kl" else (value + 1).masked_fill(value == torch.inf, torch.nan)
-    value, slope = (torch.where(keep, x, 0) for x in (value, slope))
+    value, slope = (torch.where(keep, x, 0).contiguous() for x in (value, slope))
 
     def gradient(rows: Tensor, upstream: Tensor) -> Tensor:
-        on = torch.where(keep, upstream.double(), 0)
+        on = torch.where(keep, upstream.double(), 0).contiguous()
         return divergence_gradient(rows, teacher, *scaling, *options, slope, *known, on)
 
     return attach(student, gradient, value)[0]
@@ -170,6 +181,7 @@ def divergence(
 def _known(p: Normaliser, q: Normaliser, keep: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Normalisers of student and teacher as the row operators take them."""
     log_sum, other_log_sum, m, other_m = (torch.where(keep, x, 0) for x in (p.log_sum, q.log_sum, p.max, q.max))
+    dtype = torch.promote_types(dtype, torch.float32)
     return log_sum, other_log_sum, m.to(dtype), other_m.to(dtype)
 
 

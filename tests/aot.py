@@ -118,9 +118,11 @@ def cases() -> Iterator[Case]:
                 for other in dict.fromkeys((dtype, torch.float32)):
                     for kind in DIVERGENCES:
                         yield Case(f"{kind} divergence", dtype, rows, options, other)
+                        yield Case(f"{kind} partial divergence", dtype, rows, options, other)
                         yield Case(f"{kind} gradient", dtype, rows, options, other)
                     yield Case("reduced rows", dtype, rows, options, other)
                     yield Case("information", dtype, rows, options, other)
+                    yield Case("partial information", dtype, rows, options, other)
 
 
 def logits(case: Case, dtype: torch.dtype) -> Tensor:
@@ -170,13 +172,15 @@ def launch(case: Case) -> None:
     elif case.op.split()[0] in DIVERGENCES:
         options = (case.op.split()[0], 0.3, 0.05 if case.options else math.inf)
         if case.op.endswith("divergence"):
-            divergence._launch(rows, other, mask, 0.7, temperatures, *options, (*(doubles,) * 4, values, values))
+            known = (doubles, doubles, values, values) if "partial" in case.op else (None,) * 4
+            results = (*(doubles,) * 4, values, values)
+            divergence._launch(rows, other, mask, 0.7, temperatures, *options, known, results)
         else:
             saved = (*(doubles,) * 3, values, values)
             divergence_gradient._launch(rows, other, 0.7, temperatures, options, saved, doubles, result)
     elif case.op == "reduced rows":
         reduced_row = torch.zeros(TOKENS, support.LISTED + 1)
-        arguments = (mask, 0.7, temperatures, (reduced_row, reduced_row, values, doubles))
+        arguments = (mask, 0.7, temperatures, (reduced_row, reduced_row, *(values, doubles) * 2))
         reduced._launch(rows, other, found.token_ids, case.options, not case.options, *arguments)
     elif case.op == "reduced gradient":
         upstream = torch.zeros(TOKENS, support.LISTED + 1)
@@ -185,9 +189,10 @@ def launch(case: Case) -> None:
         pivots = torch.zeros(TOKENS, int(case.op.split()[-1]))
         results = (pivots.long(), pivots.double(), pivots.double())
         masses._launch(rows, mask, 0.7, temperatures, values, pivots, results)
-    elif case.op == "information":
+    elif case.op.endswith("information"):
+        known = (doubles, values) if "partial" in case.op else (None, None)
         teachers = torch.zeros(2, *other.shape[:-1], other.stride(0), dtype=other.dtype)[..., : other.shape[-1]]
-        information._launch(rows, teachers, mask, 0.7, temperatures, (doubles,) * 3)
+        information._launch(rows, teachers, mask, 0.7, temperatures, known, (doubles,) * 3)
 
 
 def launched_by(case: Case) -> tuple[JITFunction, tuple, dict]:

@@ -39,6 +39,7 @@ def test_row_divergence_and_its_gradient_pass_opcheck(clip, divergence, device):
         upstream = torch.randn(B, T, dtype=torch.float64, device=device) * mask
         torch.library.opcheck(OPS.divergence_gradient.default,
                               (student, given[1], *scaling, *options, *statistics, upstream))  # fmt: skip
+        torch.library.opcheck(OPS.row_divergence.default, (student.requires_grad_(), *given[1:], *statistics[1:]))
 
 
 @pytest.mark.parametrize("tail", [False, True])
@@ -52,7 +53,7 @@ def test_reduced_rows_and_their_gradient_pass_opcheck(layout, by_teacher, tail, 
         arguments = (teacher, ids, by_teacher, tail, kept, *scaling)
         torch.library.opcheck(OPS.reduced_rows.default, (student, *arguments))
         plain = student.detach()
-        _, _, *sums = OPS.reduced_rows(plain, *arguments)
+        _, _, *sums = OPS.reduced_rows(plain, *arguments)[:4]
         upstream = torch.randn(B, T, places + 1, device=device)
         torch.library.opcheck(OPS.reduced_gradient.default, (plain, ids, *scaling, *sums, upstream))
 
@@ -63,7 +64,10 @@ def test_row_information_passes_opcheck(samples, device):
     teachers = torch.randn(samples, B, T, V, device=device)
     for kept, scaling in ((None, (0.7, None)), (mask, (1.0, temperatures))):
         for each in (teachers, teachers.transpose(1, 2).contiguous().transpose(1, 2), teachers.bfloat16()):
-            torch.library.opcheck(OPS.row_information.default, (student.detach(), each, kept, *scaling))
+            given = (student.detach(), each, kept, *scaling)
+            torch.library.opcheck(OPS.row_information.default, given)
+            sums = torch.rand(2, samples + 1, B, T, device=device)
+            torch.library.opcheck(OPS.row_information.default, (*given, sums[0].double(), sums[1]))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

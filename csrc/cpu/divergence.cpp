@@ -23,9 +23,6 @@ void for_blocks(const Kernels& kernels, const RowView& logits, const RowView& ot
   }
 }
 
-// A maximum adds 1 to its sum, unless every logit is -inf or one is NaN or inf.
-double log_of_sum(double sum) { return sum >= 0.5 ? std::log(sum) : kNaN; }
-
 DivergenceCoefficients coefficients(const DivergenceOptions& options, double temperature,
                                     const DivergenceResults& saved, int64_t row) {
   DivergenceCoefficients c{};
@@ -64,17 +61,21 @@ DivergenceSums kl_sums(const Kernels& kernels, const RowView& logits, const RowV
 
 struct Normaliser {
   float max;
-  double log_sum;  // NaN if the row has no distribution
+  double log_sum;  // not finite if the row has no distribution
 };
 
 void divergence_of_row(const Kernels& kernels, const RowView& student, const RowView& teacher, double temperature,
-                       const DivergenceOptions& options, const DivergenceResults& results, int64_t row) {
+                       const DivergenceOptions& options, const DivergenceNormalisers& known,
+                       const DivergenceResults& results, int64_t row) {
   const float by = scale(temperature);
-  const bool by_entries = options.divergence == kJSD || std::isfinite(options.token_clip);
+  const bool by_entries = known.log_sum || options.divergence == kJSD || std::isfinite(options.token_clip);
   const bool forward = options.divergence == kForwardKL;
   Normaliser of_student, of_teacher;
   double kl = 0.0;
-  if (by_entries) {
+  if (known.log_sum) {
+    of_student = {known.max[row], known.log_sum[row]};
+    of_teacher = {known.teacher_max[row], known.teacher_log_sum[row]};
+  } else if (by_entries) {
     const Statistics p = statistics_of(kernels, student, row, by), q = statistics_of(kernels, teacher, row, by);
     of_student = {p.max, log_of_sum(p.sum)};
     of_teacher = {q.max, log_of_sum(q.sum)};
@@ -87,15 +88,15 @@ void divergence_of_row(const Kernels& kernels, const RowView& student, const Row
     of_teacher = forward ? weighing : other;
   }
   const double invalid = 0.0 * (of_student.log_sum + of_teacher.log_sum);
-  results.log_sum[row] = of_student.log_sum + invalid;
-  results.teacher_log_sum[row] = of_teacher.log_sum + invalid;
+  results.log_sum[row] = of_student.log_sum;
+  results.teacher_log_sum[row] = of_teacher.log_sum;
   results.max[row] = of_student.max;
   results.teacher_max[row] = of_teacher.max;
-  EntrySums total = {kl, forward ? -1.0 : kl == HUGE_VAL ? kNaN : kl + 1.0};
+  EntrySums total = {kl, forward ? -1.0 : kl + 1.0};
   if (by_entries && invalid == 0.0)
     total = sum_entries(kernels, student, teacher, coefficients(options, temperature, results, row), row);
   results.divergence[row] = total.value + invalid;
-  results.slope[row] = total.slope + invalid;
+  results.slope[row] = total.slope == HUGE_VAL ? kNaN : total.slope + invalid;
 }
 
 // Of the tokens that are not listed.
@@ -129,7 +130,7 @@ void reduce_row(const Kernels& kernels, const RowView& logits, double temperatur
     tail.sum = sum - sum;
   }
   const bool valid = tail.sum == tail.sum;
-  const double log_sum = !valid ? kNaN : tail.sum >= 0.5 ? std::log(tail.sum) : -HUGE_VAL;
+  const double log_sum = log_of_sum(tail.sum);
   auto listed = [&](int64_t i) {
     return 0 <= ids[i] && ids[i] < logits.vocab ? double(element(logits, row, ids[i])) : kNaN;
   };
@@ -139,25 +140,27 @@ void reduce_row(const Kernels& kernels, const RowView& logits, double temperatur
   for (int64_t i = 0; i < capacity; ++i)
     entries[i] = static_cast<float>(valid ? (listed(i) - top) / temperature : kNaN);
   entries[capacity] = static_cast<float>((tail.max - top) / temperature + log_sum);
-  if (!results.tail_max) return;
   results.tail_max[row] = tail.max;
   results.tail_log_sum[row] = log_sum;
 }
 
 void information_of_row(const Kernels& kernels, const RowView& student, const std::vector<RowView>& teachers,
-                        double temperature, const InformationResults& results, int64_t row) {
+                        double temperature, const InformationNormalisers& known, const InformationResults& results,
+                        int64_t row) {
   const int64_t samples = teachers.size();
   const float by = scale(temperature);
-  auto softmax_of = [&](const RowView& logits) -> LogSoftmax {
+  auto softmax_of = [&](const RowView& logits, int64_t sample) -> LogSoftmax {
+    const int64_t place = sample * student.rows() + row;
+    if (known.log_sums) return {known.maxima[place], static_cast<float>(kLog2E * known.log_sums[place])};
     const Statistics found = statistics_of(kernels, logits, row, by);
     return {found.max, static_cast<float>(kLog2E * log_of_sum(found.sum))};
   };
-  const LogSoftmax p = softmax_of(student);
+  const LogSoftmax p = softmax_of(student, 0);
   std::vector<LogSoftmax> softmaxes;
-  bool valid = p.log2_sum == p.log2_sum;
-  for (const RowView& teacher : teachers) {
-    softmaxes.push_back(softmax_of(teacher));
-    valid &= softmaxes.back().log2_sum == softmaxes.back().log2_sum;
+  bool valid = std::isfinite(p.log2_sum);
+  for (int64_t r = 0; r < samples; ++r) {
+    softmaxes.push_back(softmax_of(teachers[r], r + 1));
+    valid &= std::isfinite(softmaxes.back().log2_sum);
   }
   InformationSums sums;
   if (!valid) sums.total = sums.marginal = sums.information = kNaN;
@@ -181,10 +184,10 @@ void information_of_row(const Kernels& kernels, const RowView& student, const st
 }  // namespace
 
 void row_divergence(const Kernels& kernels, const RowView& student, const RowView& teacher,
-                    const RowArguments& arguments, const DivergenceOptions& options, const DivergenceResults& results,
-                    const ParallelFor& parallel_for) {
+                    const RowArguments& arguments, const DivergenceOptions& options, const DivergenceNormalisers& known,
+                    const DivergenceResults& results, const ParallelFor& parallel_for) {
   auto compute = [&](int64_t row) {
-    divergence_of_row(kernels, student, teacher, arguments.temperature_of(row), options, results, row);
+    divergence_of_row(kernels, student, teacher, arguments.temperature_of(row), options, known, results, row);
   };
   for_kept_rows(student, arguments, parallel_for, compute, [&](int64_t row) {
     for (double* each : {results.divergence, results.slope, results.log_sum, results.teacher_log_sum}) each[row] = 0.0;
@@ -200,7 +203,7 @@ void divergence_gradient(const Kernels& kernels, const RowView& student, const R
   parallel_for(student.rows(), grain(student), [&](int64_t first, int64_t last) {
     alignas(64) float g_buffer[kBlock];
     for (int64_t row = first; row < last; ++row) {
-      if (upstream[row] == 0.0 && saved.log_sum[row] == saved.log_sum[row]) {
+      if (upstream[row] == 0.0 && std::isfinite(saved.log_sum[row] + saved.teacher_log_sum[row])) {
         std::memset(grad.at(row, 0), 0, grad.vocab * grad.element_size());
         continue;
       }
@@ -225,7 +228,7 @@ void reduced_rows(const Kernels& kernels, const RowView& logits, const RowArgume
   };
   for_kept_rows(logits, arguments, parallel_for, compute, [&](int64_t row) {
     std::fill_n(results.entries + row * (capacity + 1), capacity + 1, 0.0f);
-    if (results.tail_max) results.tail_max[row] = results.tail_log_sum[row] = 0.0f;
+    results.tail_max[row] = results.tail_log_sum[row] = 0.0f;
   });
 }
 
@@ -255,10 +258,10 @@ void reduced_gradient(const Kernels& kernels, const RowView& student, const RowA
 }
 
 void row_information(const Kernels& kernels, const RowView& student, const std::vector<RowView>& teachers,
-                     const RowArguments& arguments, const InformationResults& results,
-                     const ParallelFor& parallel_for) {
+                     const RowArguments& arguments, const InformationNormalisers& known,
+                     const InformationResults& results, const ParallelFor& parallel_for) {
   auto compute = [&](int64_t row) {
-    information_of_row(kernels, student, teachers, arguments.temperature_of(row), results, row);
+    information_of_row(kernels, student, teachers, arguments.temperature_of(row), known, results, row);
   };
   for_kept_rows(student, arguments, parallel_for, compute,
                 [&](int64_t row) { results.total[row] = results.marginal[row] = results.information[row] = 0.0; });

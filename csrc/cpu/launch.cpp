@@ -51,14 +51,13 @@ Statistics split_statistics(const Kernels& kernels, const RowView& logits, int64
 void finish_row(const RowView& logits, const RowArguments& arguments, int64_t row, const Statistics& total,
                 const RowResults& results) {
   const int64_t token_id = arguments.token_ids[row];
-  const double log_sum = std::log(total.sum);
-  // The maximum alone adds 1 to the sum, unless every logit is -inf or one is NaN.
-  const bool valid = in_vocabulary(token_id, logits.vocab) && total.sum >= 0.5;
+  const double log_sum = log_of_sum(total.sum);
+  const bool valid = in_vocabulary(token_id, logits.vocab);
   const float invalid = valid ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   const float label = valid ? element(logits, row, token_id) : invalid;
   const double centred = (static_cast<double>(label) - total.max) / arguments.temperature_of(row);
-  results.log_prob[row] = centred - log_sum;
-  results.entropy[row] = static_cast<float>(log_sum - total.weighted / (kLog2E * total.sum)) + invalid;
+  results.log_prob[row] = centred - log_sum;  // where log_sum is -inf this and the entropy are NaN
+  results.entropy[row] = static_cast<float>(log_sum - total.weighted / (kLog2E * total.sum) + 0.0 * log_sum) + invalid;
   results.max[row] = total.max;
   results.log_sum[row] = static_cast<float>(log_sum) + invalid;
 }
@@ -89,6 +88,8 @@ Statistics statistics_of(const Kernels& kernels, const RowView& logits, int64_t 
     total = merge(total, split_statistics(kernels, logits, row, split, scale), scale);
   return total;
 }
+
+double log_of_sum(double sum) { return sum < 0.5 ? -HUGE_VAL : std::log(sum); }
 
 float scale(double temperature) { return static_cast<float>(std::clamp(kLog2E / temperature, 1e-37, 3e38)); }
 

@@ -72,6 +72,10 @@ constexpr int64_t kSplit = 32768;  // a row is cut here whatever the number of t
 // log2(e) / T; finite and not 0, so that (z - m) scale is 0 for the maximum and -inf for -inf at any temperature.
 float scale(double temperature);
 
+// The log of a row's sum, to which its maximum alone adds 1: -inf where every logit is -inf, NaN where one is NaN or
+// inf.
+double log_of_sum(double sum);
+
 // How many rows are worth a thread.
 int64_t grain(const RowView& logits);
 
@@ -160,13 +164,23 @@ struct DivergenceResults {
   float *max, *teacher_max;
 };
 
-struct ReducedRow {  // `capacity` + 1 entries a row; the tail's maximum and log sum may be null
+struct DivergenceNormalisers {  // null: unknown
+  const double *log_sum, *teacher_log_sum;
+  const float *max, *teacher_max;
+};
+
+struct ReducedRow {  // `capacity` + 1 entries a row
   float* entries;
   float* tail_max;
   double* tail_log_sum;
 };
 
 enum class Tail { kSummed, kChecked, kIgnored };  // kChecked: only whether it holds NaN or +inf
+
+struct InformationNormalisers {  // rows of all tokens, the student's first; null: unknown
+  const double* log_sums;
+  const float* maxima;
+};
 
 struct InformationResults {
   double *total, *marginal, *information;
@@ -198,7 +212,8 @@ void pair_statistics(const Kernels&, const RowView& student, const RowArguments&
 void pair_gradient(const Kernels&, const RowView& student, const RowArguments&, const Pair&, const PairResults& saved,
                    const PairUpstream&, const RowView& grad, const ParallelFor&);
 void row_divergence(const Kernels&, const RowView& student, const RowView& teacher, const RowArguments&,
-                    const DivergenceOptions&, const DivergenceResults&, const ParallelFor&);
+                    const DivergenceOptions&, const DivergenceNormalisers&, const DivergenceResults&,
+                    const ParallelFor&);
 void divergence_gradient(const Kernels&, const RowView& student, const RowView& teacher, const RowArguments&,
                          const DivergenceOptions&, const DivergenceResults& saved, const double* upstream,
                          const RowView& grad, const ParallelFor&);
@@ -208,7 +223,7 @@ void reduced_gradient(const Kernels&, const RowView& student, const RowArguments
                       int64_t capacity, const ReducedRow& saved, const float* upstream, const RowView& grad,
                       const ParallelFor&);
 void row_information(const Kernels&, const RowView& student, const std::vector<RowView>& teachers, const RowArguments&,
-                     const InformationResults&, const ParallelFor&);
+                     const InformationNormalisers&, const InformationResults&, const ParallelFor&);
 void row_masses(const Kernels&, const RowView& logits, const RowArguments&, const float* max, const float* pivots,
                 int64_t number, const MassResults&, const ParallelFor&);
 

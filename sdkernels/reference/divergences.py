@@ -29,12 +29,20 @@ def relative(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     return value.masked_fill((log_q == -torch.inf) & (log_p > -torch.inf), torch.inf)
 
 
-def _log_softmax(logits: Tensor, temperature: float, temperatures: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """log softmax(logits / T), NaN without a distribution; the rows' maxima and centred log sums, (..., 1)."""
+def _log_softmax(
+    logits: Tensor, temperature: float, temperatures: Tensor | None, normaliser: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log softmax(logits / T), NaN without a distribution; the rows' maxima and centred log sums, (..., 1).
+
+    A normaliser is these two, (...), of rows of which the logits may be a part. The log sum of only -inf is -inf.
+    """
     z, t = scaled(logits.double(), temperature, temperatures)
+    if normaliser is not None:
+        m, log_sum = (x.double().unsqueeze(-1) for x in normaliser)
+        return (z - m) / t - log_sum, m, log_sum
     m = z.amax(-1, keepdim=True)
     y = (z - m) / t
-    log_sum = row_sum(y.exp()).log()
+    log_sum = row_sum(y.exp()).log().masked_fill(m == -torch.inf, -torch.inf)
     return y - log_sum, m, log_sum
 
 
@@ -47,18 +55,29 @@ def row_divergence(
     divergence: str,
     beta: float,
     token_clip: float,
+    normalisers: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
-    """See ``sdkernels.rows.divergence.row_divergence``."""
-    log_p, m, log_sum = _log_softmax(student, temperature, temperatures)
-    log_q, teacher_m, teacher_log_sum = _log_softmax(teacher, temperature, temperatures)
+    """See ``sdkernels.rows.divergence.row_divergence``; the normalisers are its last four arguments."""
+    of_student, of_teacher = (None, None) if normalisers is None else _by_side(*normalisers)
+    log_p, m, log_sum = _log_softmax(student, temperature, temperatures, of_student)
+    log_q, teacher_m, teacher_log_sum = _log_softmax(teacher, temperature, temperatures, of_teacher)
     value, slope = entries(log_p, log_q, divergence, beta)
     clipped = value > token_clip
-    fields = (value.masked_fill(clipped, token_clip), slope.masked_fill(clipped, 0))
+    slope = slope.masked_fill(slope.isinf(), torch.nan).masked_fill(clipped, 0)
+    fields = (value.masked_fill(clipped, token_clip), slope)
     invalid = 0 * (log_sum + teacher_log_sum)
-    columns = (*map(row_sum, fields), log_sum + invalid, teacher_log_sum + invalid, m, teacher_m)
-    results = [x.squeeze(-1) if mask is None else torch.where(mask, x.squeeze(-1), 0) for x in columns]
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    return (*results[:4], *(x.to(dtype) for x in results[4:]))
+    columns = (*(row_sum(x) + invalid for x in fields), log_sum, teacher_log_sum, m, teacher_m)
+    keep = torch.ones((), dtype=torch.bool, device=student.device) if mask is None else mask
+    results = [torch.where(keep, x.squeeze(-1), 0) for x in columns]  # copies, if given
+    dtype, teacher_dtype = (torch.promote_types(x.dtype, torch.float32) for x in (student, teacher))
+    return (*results[:4], results[4].to(dtype), results[5].to(teacher_dtype))
+
+
+def _by_side(
+    log_sum: Tensor, teacher_log_sum: Tensor, max: Tensor, teacher_max: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The student's normaliser and the teacher's."""
+    return (max, log_sum), (teacher_max, teacher_log_sum)
 
 
 def divergence_gradient(
@@ -71,14 +90,20 @@ def divergence_gradient(
     token_clip: float,
     slope: Tensor,
     log_sum: Tensor,
+    teacher_log_sum: Tensor,
+    max: Tensor,
+    teacher_max: Tensor,
     upstream: Tensor,
 ) -> Tensor:
     """See ``sdkernels.rows.divergence_gradient.divergence_gradient``."""
-    log_p, log_q = (_log_softmax(x, temperature, temperatures)[0] for x in (student, teacher))
+    sides = _by_side(log_sum, teacher_log_sum, max, teacher_max)
+    log_p, log_q = (
+        _log_softmax(x, temperature, temperatures, side)[0] for x, side in zip((student, teacher), sides, strict=True)
+    )
     value, on_log_p = entries(log_p, log_q, divergence, beta)
     grad = on_log_p.masked_fill(value > token_clip, 0) - log_p.exp() * slope.unsqueeze(-1)
     grad = grad + torch.where(slope.isfinite(), 0.0, torch.nan).unsqueeze(-1)
-    flows = (upstream != 0) | log_sum.isnan()
+    flows = (upstream != 0) | ~(log_sum + teacher_log_sum).isfinite()
     grad = grad * upstream.unsqueeze(-1) / scaled(grad, temperature, temperatures)[1]
     return torch.where(flows.unsqueeze(-1), grad, 0).to(student.dtype)
 
@@ -91,28 +116,32 @@ def reduced_rows(
     mask: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """See ``sdkernels.rows.reduced.reduced_rows``."""
-    missing = token_ids < 0
-    ids = token_ids.long().masked_fill(missing, 0)
-    results = []
+    places, missing = _places(token_ids, student.shape[-1])
+    rows, tails = [], []
     for logits in (student, teacher):
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        lowest = torch.finfo(dtype).min  # the maximum of nothing
         z, t = scaled(logits.double(), temperature, temperatures)
         z = z + torch.where(z.amax(-1, keepdim=True) < torch.inf, 0.0, torch.nan)
-        rest = z.scatter(-1, ids, -torch.inf)
-        listed = z.gather(-1, ids).masked_fill(missing, torch.nan)
-        m = (z if tail else listed).amax(-1, keepdim=True)
-        tail_m = rest.amax(-1, keepdim=True)
-        tail_m = tail_m.masked_fill(tail_m == -torch.inf, 0)
+        padded = torch.nn.functional.pad(z, (0, 1), value=-torch.inf)
+        listed, rest = padded.gather(-1, places), padded.scatter(-1, places, -torch.inf)[..., :-1]
+        m = (z if tail else listed).amax(-1, keepdim=True).clamp(min=lowest)
+        tail_m = rest.amax(-1, keepdim=True).clamp(min=lowest)
         tail_log_sum = row_sum(((rest - tail_m) / t).exp()).log()
-        reduced = torch.cat([(listed - m) / t, (tail_m - m) / t + tail_log_sum], -1)
-        results.append([reduced, tail_m.squeeze(-1), tail_log_sum.squeeze(-1)])
-    (student_row, tail_m, tail_log_sum), (teacher_row, _, _) = results
-    if mask is not None:
-        student_row, teacher_row = (torch.where(mask.unsqueeze(-1), x, 0) for x in (student_row, teacher_row))
-        tail_m, tail_log_sum = (torch.where(mask, x, 0) for x in (tail_m, tail_log_sum))
-    dtype, teacher_dtype = (torch.promote_types(x.dtype, torch.float32) for x in (student, teacher))
-    return student_row.to(dtype), teacher_row.to(teacher_dtype), tail_m.to(dtype), tail_log_sum
+        listed = listed.masked_fill(missing, torch.nan)
+        fields = [torch.cat([(listed - m) / t, (tail_m - m) / t + tail_log_sum], -1), tail_m, tail_log_sum]
+        row, tail_m, tail_log_sum = fields if mask is None else (torch.where(mask.unsqueeze(-1), x, 0) for x in fields)
+        rows.append(row.to(dtype))
+        tails += [tail_m.squeeze(-1).to(dtype), tail_log_sum.squeeze(-1)]
+    return *rows, *tails
+
+
+def _places(token_ids: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """Listed ids, one more than all for what is not listed; and where that is."""
+    missing = token_ids < 0
+    return token_ids.long().masked_fill(missing, vocab), missing
 
 
 def reduced_gradient(
@@ -130,10 +159,8 @@ def reduced_gradient(
     log_share = (z - tail_max.unsqueeze(-1)) / t - tail_log_sum.unsqueeze(-1)
     nothing = (on_tail == 0) | ((tail_log_sum.unsqueeze(-1) == -torch.inf) & ~on_tail.isnan())
     grad = torch.where(nothing, 0, on_tail * log_share.exp())
-    missing = token_ids < 0
-    ids = token_ids.long().masked_fill(missing, 0)
-    listed = torch.where(missing, grad.gather(-1, ids), upstream[..., :-1].double())
-    grad = grad.scatter(-1, ids, listed)
+    places, _ = _places(token_ids, grad.shape[-1])
+    grad = torch.nn.functional.pad(grad, (0, 1)).scatter(-1, places, upstream[..., :-1].double())[..., :-1]
     return (grad / t).masked_fill(grad == 0, 0).to(student.dtype)  # T may be 0 where masked
 
 
@@ -143,16 +170,23 @@ def row_information(
     mask: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
+    log_sums: Tensor | None = None,
+    maxima: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``sdkernels.rows.information.row_information``."""
-    log_p = _log_softmax(student, temperature, temperatures)[0]
-    log_q = torch.stack([_log_softmax(teacher, temperature, temperatures)[0] for teacher in teachers])
+    logs, sums = [], []
+    for i, logits in enumerate((student, *teachers)):
+        normaliser = None if log_sums is None or maxima is None else (maxima[i], log_sums[i])
+        log_softmax, _, log_sum = _log_softmax(logits, temperature, temperatures, normaliser)
+        logs.append(log_softmax)
+        sums.append(log_sum)
+    log_p, log_q = logs[0], torch.stack(logs[1:])
     log_mean = log_q.logsumexp(0) - math.log(len(log_q))
     q, mean = log_q.exp(), log_mean.exp()
     total, information = (
         sum(row_sum(relative(q[r], log_q[r], other)) for r in range(len(q))) / len(q) for other in (log_p, log_mean)
     )
     terms = (total, row_sum(relative(mean, log_mean, log_p)), information)
-    bad = (log_p.isnan().any(-1) | log_q.isnan().any(-1).any(0)).unsqueeze(-1)
+    bad = ~torch.stack(sums).isfinite().all(0)
     results = (torch.where(bad, torch.nan, x).squeeze(-1) for x in terms)
     return tuple(x if mask is None else torch.where(mask, x, 0) for x in results)

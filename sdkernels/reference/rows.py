@@ -32,7 +32,7 @@ def row_statistics(
     keep, valid = kept_tokens(token_ids, mask), (token_ids >= 0) & (token_ids < z.shape[-1])
     m = z.amax(-1, keepdim=True)
     y = (z - m) / t
-    log_sum = row_sum(y.exp()).log()
+    log_sum = row_sum(y.exp()).log().masked_fill(m == -torch.inf, -torch.inf)
     log_p = y - log_sum
     log_prob = log_p.gather(-1, token_ids.long().where(valid, 0).unsqueeze(-1))
     entropy = -row_sum((log_p.exp() * log_p).masked_fill(log_p == -torch.inf, 0))[..., 0]
@@ -59,8 +59,9 @@ def row_gradient(
     z, t = scaled(logits, temperature, temperatures)
     log_p = (z - max.unsqueeze(-1)) / t - log_sum.unsqueeze(-1)
     p = log_p.exp()
-    onehot = torch.zeros_like(z).scatter_(-1, token_ids.long().clamp(0, z.shape[-1] - 1).unsqueeze(-1), 1)
-    grad = grad_log_prob.masked_fill(log_prob == -torch.inf, 0).unsqueeze(-1) * (onehot - p)
+    ids = token_ids.long().unsqueeze(-1)
+    onehot = torch.arange(z.shape[-1], device=z.device) == ids  # of an id outside the vocabulary, nowhere
+    grad = grad_log_prob.masked_fill(log_prob == -torch.inf, 0).unsqueeze(-1) * (onehot.to(p.dtype) - p)
     if grad_entropy is not None:
         surprise = (p * (log_p + entropy.unsqueeze(-1))).masked_fill(log_p == -torch.inf, 0)
         grad = grad - grad_entropy.unsqueeze(-1) * surprise
@@ -227,7 +228,8 @@ def pair_statistics(
     results = (*sums[:5], size, sums[5], base_log_sum, m, support_m, base_max)
     kept = [torch.where(keep, x[..., 0], 0) for x in results]
     dtype = torch.promote_types(student.dtype, torch.float32)
-    return (*kept[:8], *(x.to(dtype) for x in kept[8:]))
+    base_dtype = dtype if base is None else torch.promote_types(base.dtype, torch.float32)
+    return (*kept[:8], kept[8].to(dtype), kept[9].to(dtype), kept[10].to(base_dtype))
 
 
 def pair_gradient(
@@ -244,7 +246,8 @@ def pair_gradient(
 ) -> Tensor:
     """See ``sdkernels.rows.pair.pair_gradient``."""
     z, t = scaled(student.double(), temperature, temperatures)
-    log_q = _base_log_q(z, base, t, threshold, token_ids, log_probs)[0]
+    normaliser = (statistics[10].unsqueeze(-1), statistics[7].unsqueeze(-1))
+    log_q = _base_log_q(z, base, t, threshold, token_ids, log_probs, normaliser)[0]
     support_lse, tempered_lse, log_sum, m, support_m = (statistics[i].unsqueeze(-1) for i in (1, 2, 6, 8, 9))
     y = (z - support_m).where(log_q != -torch.inf, -torch.inf)
     grad = torch.zeros_like(z)
@@ -260,14 +263,18 @@ def _base_log_q(
     threshold: Tensor | None,
     token_ids: Tensor | None,
     log_probs: Tensor | None,
+    normaliser: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log q (..., V) of the base's logits or lists, -inf outside S; the logits' maximum and log sum over S."""
+    """log q (..., V) of the base's logits or lists, -inf outside S; the logits' maximum and log sum over S.
+
+    A normaliser is these two, known, of rows of which the base's may be a part.
+    """
     if base is None:
         nothing = torch.zeros_like(like[..., :1])
         return _scattered(token_ids, log_probs, like), nothing, nothing
     b = base.to(like.dtype)
-    m = b.amax(-1, keepdim=True)
+    m = b.amax(-1, keepdim=True) if normaliser is None else normaliser[0]
     inside = b > -torch.inf if threshold is None else b >= threshold.unsqueeze(-1)
     y = ((b - m) / t).where(inside, -torch.inf)
-    log_sum = row_sum(y.exp()).log()
+    log_sum = row_sum(y.exp()).log() if normaliser is None else normaliser[1]
     return y - log_sum, m, log_sum

@@ -65,6 +65,12 @@ def _factor(x):
 
 
 @jit
+def invalid_unless_finite(x):
+    """0, or NaN."""
+    return x - x
+
+
+@jit
 def row_scale(temperature):
     """k = log2(e) / T, at any temperature a factor of z - m."""
     return _factor(1.0 / temperature * LOG2E)
@@ -255,16 +261,17 @@ def divergence_entry(z, other, student, teacher, scale, beta, DIVERGENCE: tl.con
 
 @jit
 def token_statistics(row_ptr, vocab, token_id, temperature, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """log P(token), entropy, m and log s of a row; NaN if the id is outside the vocabulary or all logits are -inf.
+    """log P(token), entropy, m and log s of a row; NaN if the id is outside the vocabulary.
 
-    The log-prob is float64: as a float32 one of -16 would be off by 1e-6, and so the ratio that exp makes of it.
+    Where all logits are -inf, log s is too, and the first two are NaN. The log-prob is float64: as a float32 one of -16
+    would be off by 1e-6, and so the ratio that exp makes of it.
     """
     m, s, t = sweep(row_ptr, vocab, row_scale(temperature), DEPTH, LANES)
     log_sum = tl.log(s)
     valid = (token_id >= 0) & (token_id < vocab)
     label = tl.load(row_ptr + token_id, mask=valid, other=float("nan")).to(tl.float32)
-    invalid = tl.where(valid & (s > 0), 0.0, float("nan"))  # s is 0 where every logit is -inf
-    log_prob = (label.to(tl.float64) - m) / temperature - log_sum
+    invalid = tl.where(valid, 0.0, float("nan"))
+    log_prob = (label.to(tl.float64) - m) / temperature - log_sum  # -inf - -inf where s is 0
     entropy = (log_sum - t / (s * LOG2E)).to(tl.float32)
     return log_prob, entropy + invalid, m, log_sum.to(tl.float32) + invalid
 

@@ -1,4 +1,7 @@
-"""`sdkernels::row_divergence`: a KL of two rows in one sweep over both; the JSD, or with clipped entries, in two."""
+"""`sdkernels::row_divergence`: a KL of two rows in one sweep over both; the JSD, or with clipped entries, in two.
+
+Of rows that are parts of others whose normalisers are known, any divergence takes one sweep.
+"""
 
 from __future__ import annotations
 
@@ -106,6 +109,7 @@ def _divergence_kernel(
     teacher_ptr,  # (N, V) through sizes and teacher_strides
     mask_ptr,  # (N,) or None
     temperatures_ptr,  # (N / span,) or None
+    normalisers,  # log sums of student and teacher (N,) float64, and their maxima (N,); or None each
     results,  # those of row_divergence, (N,), 0 at first
     size1,
     size2,
@@ -137,30 +141,40 @@ def _divergence_kernel(
     teacher_row = teacher_ptr + device.row_offset(
         row, size1, size2, teacher_stride0, teacher_stride1, teacher_stride2, ALIGN
     )
-    if CLIPPED or DIVERGENCE == "jsd":
+    KNOWN: tl.constexpr = normalisers[0] is not None
+    if KNOWN:
+        log_sum, teacher_log_sum = tl.load(normalisers[0] + row), tl.load(normalisers[1] + row)
+        m, teacher_m = tl.load(normalisers[2] + row), tl.load(normalisers[3] + row)
+    elif CLIPPED or DIVERGENCE == "jsd":
         state = (device.no_statistics(LANES), device.no_statistics(LANES))
         state = device.walk(student_row, teacher_row, vocab, state, scale, device.fold_both, DEPTH, LANES)
         m, s, teacher_m, teacher_s = device.add_both(state, scale)
-        student = (m, (tl.log(s) * device.LOG2E).to(tl.float32))
-        teacher = (teacher_m, (tl.log(teacher_s) * device.LOG2E).to(tl.float32))
-        arguments = (student, teacher, scale, device.shares(beta), clip)
-        value, slope = _sweep_entries(student_row, teacher_row, vocab, arguments, DIVERGENCE, ENTRY_DEPTH, LANES)
+        log_sum, teacher_log_sum = tl.log(s), tl.log(teacher_s)
     elif DIVERGENCE == "forward_kl":
         teacher_m, teacher_s, m, s, value = _sweep_kl(teacher_row, student_row, vocab, row_temperature, DEPTH, LANES)
+        log_sum, teacher_log_sum = tl.log(s), tl.log(teacher_s)
         slope = tl.zeros((), tl.float64) - 1
     else:
         m, s, teacher_m, teacher_s, value = _sweep_kl(student_row, teacher_row, vocab, row_temperature, DEPTH, LANES)
-        slope = tl.where(value == float("inf"), float("nan"), value + 1)
-    invalid = tl.where((s > 0) & (teacher_s > 0), 0.0, float("nan"))
+        log_sum, teacher_log_sum = tl.log(s), tl.log(teacher_s)
+        slope = value + 1
+    if KNOWN or CLIPPED or DIVERGENCE == "jsd":
+        student = (m, (log_sum * device.LOG2E).to(tl.float32))
+        teacher = (teacher_m, (teacher_log_sum * device.LOG2E).to(tl.float32))
+        arguments = (student, teacher, scale, device.shares(beta), clip)
+        value, slope = _sweep_entries(student_row, teacher_row, vocab, arguments, DIVERGENCE, ENTRY_DEPTH, LANES)
+    slope = tl.where(slope == float("inf"), float("nan"), slope)
+    invalid = device.invalid_unless_finite(log_sum + teacher_log_sum)
     tl.store(results[0] + row, value + invalid)
     tl.store(results[1] + row, slope + invalid)
-    tl.store(results[2] + row, tl.log(s) + invalid)
-    tl.store(results[3] + row, tl.log(teacher_s) + invalid)
+    tl.store(results[2] + row, log_sum)
+    tl.store(results[3] + row, teacher_log_sum)
     tl.store(results[4] + row, m)
     tl.store(results[5] + row, teacher_m)
 
 
-def _launch(student, teacher, mask, temperature, temperatures, divergence, beta, token_clip, results) -> None:
+def _launch(student, teacher, mask, temperature, temperatures, divergence, beta, token_clip, normalisers,
+            results) -> None:  # fmt: skip
     rows = results[0].numel()
     align = layout.alignment(student, teacher)
     clipped = not math.isinf(token_clip)
@@ -171,6 +185,7 @@ def _launch(student, teacher, mask, temperature, temperatures, divergence, beta,
             teacher,
             mask,
             temperatures,
+            normalisers,
             results,
             *layout.kernel_sizes(student),
             *layout.kernel_strides(student, align),
@@ -183,7 +198,8 @@ def _launch(student, teacher, mask, temperature, temperatures, divergence, beta,
             DIVERGENCE=divergence,
             CLIPPED=clipped,
             DEPTH=depth,
-            ENTRY_DEPTH=min(depth, 1 if clipped else 2),  # conditions take two scalar registers each on AMD
+            # conditions take two scalar registers each on AMD
+            ENTRY_DEPTH=min(depth, 2 if divergence == "jsd" and not clipped else 1),
             LANES=lanes,
             ALIGN=align,
             **layout.sweep_options(),
@@ -200,43 +216,58 @@ def row_divergence(
     divergence: str,
     beta: float,
     token_clip: float,
+    log_sum: Tensor | None = None,
+    teacher_log_sum: Tensor | None = None,
+    max: Tensor | None = None,
+    teacher_max: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """D = sum_v min(l_v, token_clip) of the rows' softmax at T, each (...), and what its gradient needs.
 
     That is the slope G = sum_v g_v with g_v = dl_v / dlog P_S, 0 where l_v is clipped: the logits' gradient is then
-    (g - G P_S) / T. And the centred log sums of student and teacher, all float64 so far, and their maxima.
+    (g - G P_S) / T. G is NaN where the reverse KL is +inf. And the centred log sums of student and teacher, all float64
+    so far, and their maxima. A log sum is -inf where all logits of its row are -inf, where the maximum is at most the
+    lowest float, and NaN where one is NaN or +inf; D and G are NaN where either log sum is not finite.
+
+    The last four results may be given, all or none, contiguous: those of whole rows of which ``student`` and
+    ``teacher`` are the same part. Then D and G are the part's sums, in one sweep, and the four are returned, and are
+    constants to D's gradient: that of the whole row's D is ``divergence_gradient``'s, with the sum of the parts' G.
 
     ``student`` and ``teacher`` (..., V) are what ``layout.as_rows`` returns; ``token_clip`` is inf for none.
+    Masked rows hold zeros.
     """
     layout.check_temperatures(temperatures, mask, student)
     arguments = (student, teacher, mask, temperature, temperatures, divergence, beta, token_clip)
+    given = (log_sum, teacher_log_sum, max, teacher_max)
+    if len({x is None for x in given}) > 1:
+        raise ValueError("log_sum, teacher_log_sum, max and teacher_max are given all or none")
     by_triton = serves_both(runs_triton, student, teacher)
     if not (by_triton or serves_both(runs_csrc, student, teacher)):
-        return reference.row_divergence(*arguments)
-    outputs = _empty_results(student)
+        return reference.row_divergence(*arguments, None if log_sum is None else given)
+    outputs = _empty_results(student, teacher)
     if student.shape[:-1].numel() == 0:
         return outputs
     if by_triton:
         for each in outputs:
             each.zero_()  # masked rows are left as they are
-        _launch(*arguments, outputs)
+        _launch(*arguments, given, outputs)
     else:
-        torch.ops.sdkernels_cpu.row_divergence(*arguments, *outputs)
+        torch.ops.sdkernels_cpu.row_divergence(*arguments, *given, *outputs)
     return outputs
 
 
-def _empty_results(student: Tensor) -> tuple[Tensor, ...]:
-    dtypes = (*(torch.float64,) * 4, *(torch.promote_types(student.dtype, torch.float32),) * 2)
+def _empty_results(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+    dtypes = (*(torch.float64,) * 4, *(torch.promote_types(x.dtype, torch.float32) for x in (student, teacher)))
     return tuple(torch.empty(student.shape[:-1], dtype=each, device=student.device) for each in dtypes)
 
 
 @row_divergence.register_fake
-def _(student, *arguments):
-    return _empty_results(student)
+def _(student, teacher, *arguments):
+    return _empty_results(student, teacher)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, mask, ctx.temperature, temperatures, *ctx.options = inputs
+    student, teacher, mask, ctx.temperature, temperatures, *options = inputs
+    ctx.options, ctx.known = options[:3], options[3] is not None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(student, teacher, mask, temperatures, *output[1:])
@@ -244,13 +275,16 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, upstream, *_):
     if upstream is None:
-        return (None,) * 8
-    student, teacher, mask, temperatures, *statistics = ctx.saved_tensors
+        return (None,) * 12
+    student, teacher, mask, temperatures, slope, *statistics = ctx.saved_tensors
+    if ctx.known:
+        slope = 0 * slope  # the normalisers are constants; NaN stays
     upstream = upstream.double().contiguous()
     if mask is not None:
         upstream = torch.where(mask, upstream, 0)
-    grad = divergence_gradient(student, teacher, ctx.temperature, temperatures, *ctx.options, *statistics, upstream)
-    return grad, *(None,) * 7
+    arguments = (student, teacher, ctx.temperature, temperatures, *ctx.options)
+    grad = divergence_gradient(*arguments, slope, *statistics, upstream)
+    return grad, *(None,) * 11
 
 
 row_divergence.register_autograd(_backward, setup_context=_setup_context)

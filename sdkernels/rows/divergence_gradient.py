@@ -66,17 +66,18 @@ def _divergence_gradient_kernel(
     grad_row = grad_ptr + device.row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2, ALIGN)
     row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
     upstream = tl.load(upstream_ptr + row)
-    log_sum = tl.load(statistics[1] + row)
+    log_sum, teacher_log_sum = tl.load(statistics[1] + row), tl.load(statistics[2] + row)
     coefficients = (
         (tl.load(statistics[3] + row), (log_sum * device.LOG2E).to(tl.float32)),
-        (tl.load(statistics[4] + row), (tl.load(statistics[2] + row) * device.LOG2E).to(tl.float32)),
+        (tl.load(statistics[4] + row), (teacher_log_sum * device.LOG2E).to(tl.float32)),
         device.row_scale(row_temperature),
         device.shares(beta),
         clip,
         tl.load(statistics[0] + row).to(tl.float32),
         (upstream / row_temperature).to(tl.float32),
     )
-    flows = (upstream != 0) | (log_sum != log_sum)  # a row without a distribution is NaN
+    bad = device.invalid_unless_finite(log_sum + teacher_log_sum)  # a row without a distribution is NaN
+    flows = (upstream != 0) | (bad != bad)
     if start + BLOCK <= vocab:
         _write_block(student_row, teacher_row, grad_row, columns, vocab, flows, coefficients, DIVERGENCE, CLIPPED, True)
     else:
@@ -132,8 +133,9 @@ def divergence_gradient(
 ) -> Tensor:
     """upstream (g - slope P_S) / T, (..., V) in the student's dtype; the arguments are ``row_divergence``'s.
 
-    Then come its results but the first, and that one's upstream gradient, float64. Each row is formed in float32 and
-    rounded once; a row whose upstream gradient is 0 is not read.
+    Then come its results but the first, or those of whole rows of which these are a part, and the first one's upstream
+    gradient, float64. Each row is formed in float32 and rounded once; a row whose upstream gradient is 0 is not read. A
+    row whose slope is NaN, as where one of its log sums is not finite, is NaN.
     """
     options = (divergence, beta, token_clip)
     statistics = (slope, log_sum, teacher_log_sum, max, teacher_max)
@@ -146,7 +148,7 @@ def divergence_gradient(
     elif serves_both(runs_csrc, student, teacher):
         torch.ops.sdkernels_cpu.divergence_gradient(*arguments, *options, *statistics, upstream, grad)
     else:
-        grad.copy_(reference.divergence_gradient(*arguments, *options, slope, log_sum, upstream))
+        grad.copy_(reference.divergence_gradient(*arguments, *options, *statistics, upstream))
     return grad
 
 

@@ -70,7 +70,8 @@ def _gradient_kernel(
         on_log_prob = tl.where(possible, tl.load(grad_log_prob_ptr + row), 0.0)
         if grad_entropy_ptr is not None:
             on_entropy = tl.load(grad_entropy_ptr + row)
-    needs_row = (on_log_prob != 0) | (on_entropy != 0) | (log_sum != log_sum)
+    bad = device.invalid_unless_finite(log_sum)  # which makes the row NaN
+    needs_row = (on_log_prob != 0) | (on_entropy != 0) | (bad != bad)
     row_temperature = device.row_temperature(row, temperature, temperatures_ptr, span)
     inverse = device.inverse(row_temperature)
     slope = -on_log_prob * inverse
@@ -146,8 +147,10 @@ def row_gradient(
     """The logits' gradient, (..., V) in their dtype, of sum_t a_t log P(token_t) + b_t H_t.
 
     a = ``grad_log_prob`` and b = ``grad_entropy`` are the upstream gradients (...); the four statistics are
-    ``row_statistics``'. Each row's gradient is (a (onehot - p) - b p (log p + H)) / T, formed in float32 and rounded
-    once. Masked rows are 0 and not read; a row whose coefficients are 0 is not read either.
+    ``row_statistics``', or those of whole rows of which these are a part. Each row's gradient is
+    (a (onehot - p) - b p (log p + H)) / T, formed in float32 and rounded once; onehot is 0 where the id is outside
+    [0, V). It is NaN where the log sum is not finite. Masked rows and those of id -100 are 0 and not read; a row whose
+    coefficients are 0 is not read either.
     """
     grad = layout.empty_rows(logits)
     _fill(

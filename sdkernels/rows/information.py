@@ -12,6 +12,17 @@ from sdkernels.rows.implementations import runs_csrc, runs_triton, serves_both
 
 
 @jit
+def _normaliser(row_ptr, vocab, scale, normalisers, place, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """A row's maximum and centred log sum, in one pass over it unless they are known."""
+    if normalisers[0] is not None:
+        log_sum, m = tl.load(normalisers[0] + place), tl.load(normalisers[1] + place)
+    else:
+        m, s, _ = device.sweep(row_ptr, vocab, scale, DEPTH, LANES)
+        log_sum = tl.log(s)
+    return m, log_sum
+
+
+@jit
 def _log2_q(teacher_rows, sums_ptr, r, columns, vocab, arguments, WHOLE: tl.constexpr):
     """log2 of the probabilities that the teacher with sample r gives a block's tokens."""
     _, sample_stride, scale = arguments
@@ -51,6 +62,7 @@ def _information_kernel(
     teachers_ptr,  # (samples, N, V) through sample_stride, sizes and teacher_strides
     mask_ptr,  # (N,) or None
     temperatures_ptr,  # (N / span,) or None
+    normalisers,  # log sums float64 and maxima, (samples + 1, N), the student's first; or None each
     sums_ptr,  # (N, samples, 2) float32
     results,  # those of row_information, (N,), 0 at first
     samples,
@@ -81,15 +93,17 @@ def _information_kernel(
     )
     row_sums = sums_ptr + row * samples * 2
     sample_stride = sample_stride * ALIGN
-    m, s, _ = device.sweep(student_row, vocab, scale, DEPTH, LANES)
-    invalid = tl.where(s > 0, 0.0, float("nan"))
+    m, log_sum = _normaliser(student_row, vocab, scale, normalisers, row, DEPTH, LANES)
+    invalid = device.invalid_unless_finite(log_sum)
     for r in range(samples):
-        teacher_m, teacher_s, _ = device.sweep(teacher_rows + r * sample_stride, vocab, scale, DEPTH, LANES)
-        invalid += tl.where(teacher_s > 0, 0.0, float("nan"))
+        place = (r + 1) * tl.num_programs(0).to(tl.int64) + row
+        teacher_row = teacher_rows + r * sample_stride
+        teacher_m, teacher_log_sum = _normaliser(teacher_row, vocab, scale, normalisers, place, DEPTH, LANES)
+        invalid += device.invalid_unless_finite(teacher_log_sum)
         tl.store(row_sums + 2 * r, teacher_m)
-        tl.store(row_sums + 2 * r + 1, (tl.log(teacher_s) * device.LOG2E).to(tl.float32))
+        tl.store(row_sums + 2 * r + 1, (teacher_log_sum * device.LOG2E).to(tl.float32))
     tl.debug_barrier()  # each thread reads what one has written
-    student = (m, (tl.log(s) * device.LOG2E).to(tl.float32))
+    student = (m, (log_sum * device.LOG2E).to(tl.float32))
     arguments = (samples, sample_stride, scale)
     lanes = tl.arange(0, LANES)
     zeros = tl.zeros((LANES,), tl.float32)
@@ -105,7 +119,7 @@ def _information_kernel(
     tl.store(results[2] + row, device.add_parts(sums[2], lost[2]) / samples + invalid)
 
 
-def _launch(student, teachers, mask, temperature, temperatures, results) -> None:
+def _launch(student, teachers, mask, temperature, temperatures, normalisers, results) -> None:
     rows, samples = results[0].numel(), teachers.shape[0]
     align = layout.alignment(student, teachers)
     depth, lanes = layout.pair_tile(teachers)
@@ -115,6 +129,7 @@ def _launch(student, teachers, mask, temperature, temperatures, results) -> None
             teachers,
             mask,
             temperatures,
+            normalisers,
             torch.empty((rows, samples, 2), dtype=torch.float32, device=student.device),
             results,
             samples,
@@ -139,25 +154,35 @@ def row_information(
     mask: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
+    log_sums: Tensor | None = None,
+    maxima: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mean_r KL(q_r || p), KL(q || p) and mean_r KL(q_r || q), q the mean of the R distributions q_r, (...) float64.
 
-    ``student`` (..., V) and ``teachers`` (R, ..., V) are what ``layout.as_rows`` returns.
+    ``student`` (..., V) and ``teachers`` (R, ..., V) are what ``layout.as_rows`` returns. A row that, or one of whose
+    teachers, holds NaN or +inf, or only -inf, is NaN; masked rows hold zeros.
+
+    ``log_sums`` float64 and ``maxima`` in the arithmetic's dtype, both or none, contiguous, (R + 1, ...), the student's
+    first, are the centred log sums and maxima of whole rows of which student and teachers are the same part: the
+    results are then the part's sums, without the sweep for these two. A log sum that is not finite makes its row NaN.
     """
     layout.check_temperatures(temperatures, mask, student)
+    if (log_sums is None) != (maxima is None):
+        raise ValueError("log_sums and maxima are given both or none")
     arguments = (student, teachers, mask, temperature, temperatures)
+    normalisers = (log_sums, maxima)
     by_triton = serves_both(runs_triton, student, teachers)
     if not (by_triton or serves_both(runs_csrc, student, teachers)):
-        return reference.row_information(*arguments)
+        return reference.row_information(*arguments, *normalisers)
     outputs = _empty_results(student)
     if student.shape[:-1].numel() == 0:
         return outputs
     if by_triton:
         for each in outputs:
             each.zero_()  # masked rows are left as they are
-        _launch(*arguments, outputs)
+        _launch(*arguments, normalisers, outputs)
     else:
-        torch.ops.sdkernels_cpu.row_information(*arguments, *outputs)
+        torch.ops.sdkernels_cpu.row_information(*arguments, *normalisers, *outputs)
     return outputs
 
 

@@ -238,7 +238,7 @@ def pair_statistics(
     by_triton = serves_both(runs_triton, student, base)
     if not (by_triton or serves_both(runs_csrc, student, base)):
         return reference.pair_statistics(*arguments)
-    outputs = _empty_statistics(student)
+    outputs = _empty_statistics(student, base)
     if student.shape[:-1].numel() == 0:
         return outputs
     if by_triton:
@@ -250,15 +250,16 @@ def pair_statistics(
     return outputs
 
 
-def _empty_statistics(student: Tensor) -> tuple[Tensor, ...]:
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    dtypes = (*(torch.float64,) * 5, torch.int64, *(torch.float64,) * 2, *(dtype,) * 3)
+def _empty_statistics(student: Tensor, base: Tensor | None) -> tuple[Tensor, ...]:
+    sides = (student, student if base is None else base)
+    dtype, base_dtype = (torch.promote_types(x.dtype, torch.float32) for x in sides)
+    dtypes = (*(torch.float64,) * 5, torch.int64, *(torch.float64,) * 2, dtype, dtype, base_dtype)
     return tuple(torch.empty(student.shape[:-1], dtype=each, device=student.device) for each in dtypes)
 
 
 @pair_statistics.register_fake
-def _(student, *arguments):
-    return _empty_statistics(student)
+def _(student, base, *arguments):
+    return _empty_statistics(student, base)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -31,7 +31,7 @@ def top_ids(rows: Tensor, mask: Tensor, count: int) -> Tensor:
 def _fold_others(state, z, other, columns, arguments):
     """Tiles of logits into lanes of the maxima and sums of both rows over the tokens that are not listed.
 
-    Listed are those above the last one's logit, and its equals up to its id.
+    Listed are those above the last one's logit, and its equals up to its id; none where there is no last one.
     """
     last, last_id, scale = arguments
     listed = (z > last) | ((z == last) & (columns <= last_id))
@@ -121,12 +121,10 @@ def _reduced_kernel(
 
 
 def _launch(student, teacher, token_ids, by_teacher, tail, mask, temperature, temperatures, outputs) -> None:
-    student_row, teacher_row, *found = outputs
-    unused = [torch.empty_like(x) for x in found]
-    chooser, other, reduced, tails = student, teacher, (student_row, teacher_row), (*found, *unused)
+    chooser, other, reduced, tails = student, teacher, outputs[:2], outputs[2:]
     if by_teacher:
-        chooser, other, reduced, tails = teacher, student, (teacher_row, student_row), (*unused, *found)
-    rows, capacity = found[0].numel(), token_ids.shape[-1]
+        chooser, other, reduced, tails = teacher, student, outputs[1::-1], (*outputs[4:], *outputs[2:4])
+    rows, capacity = tails[0].numel(), token_ids.shape[-1]
     align = layout.alignment(chooser, other)
     depth, lanes = layout.pair_tile(chooser)
     with layout.on_device(student):
@@ -164,15 +162,18 @@ def reduced_rows(
     mask: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Student and teacher as (..., k + 1): z / T of the listed tokens, then log sum exp(z / T) of all others.
 
     Both less the row's maximum, in the arithmetic's dtype; the softmax of such a row is that of the logits, the last
-    entry being the others' mass. Then the student's maximum over the others and their centred log sum, float64.
+    entry being the others' mass. Then the student's maximum over the others and their centred log sum, float64, and the
+    teacher's: at most the lowest float and -inf where there are no others or only -inf.
 
     ``token_ids`` (..., k) are the ``top_ids`` of the teacher if ``by_teacher``, else of the student: its last one's
-    logit tells listed tokens from others. Rows that hold NaN or +inf, or only -inf, hold NaN. Without ``tail`` what
-    says of it means nothing, and the row that chose is not read.
+    logit tells listed tokens from others. Rows that are a part of whole ones list those of the whole rows' that they
+    hold, in their order, behind ids of -1 for the rest, whose entries are NaN and left out of the row's maximum; with
+    no other ids all tokens are in the tail. Rows that hold NaN or +inf hold NaN; those of only -inf, -inf or NaN.
+    Without ``tail`` what says of it means nothing, and the row that chose is not read.
     """
     layout.check_temperatures(temperatures, mask, student)
     arguments = (student, teacher, token_ids, by_teacher, tail, mask, temperature, temperatures)
@@ -191,15 +192,12 @@ def reduced_rows(
     return outputs
 
 
-def _empty_results(student: Tensor, teacher: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_results(student: Tensor, teacher: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
     shape = (*token_ids.shape[:-1], token_ids.shape[-1] + 1)
-    dtype, teacher_dtype = (torch.promote_types(x.dtype, torch.float32) for x in (student, teacher))
-    return (
-        torch.empty(shape, dtype=dtype, device=student.device),
-        torch.empty(shape, dtype=teacher_dtype, device=student.device),
-        torch.empty(shape[:-1], dtype=dtype, device=student.device),
-        torch.empty(shape[:-1], dtype=torch.float64, device=student.device),
-    )
+    dtypes = [torch.promote_types(x.dtype, torch.float32) for x in (student, teacher)]
+    rows = [torch.empty(shape, dtype=dtype, device=student.device) for dtype in dtypes]
+    kinds = [kind for dtype in dtypes for kind in (dtype, torch.float64)]
+    return *rows, *(torch.empty(shape[:-1], dtype=kind, device=student.device) for kind in kinds)
 
 
 @reduced_rows.register_fake
@@ -211,7 +209,7 @@ def _setup_context(ctx, inputs, output) -> None:
     student, _, token_ids, _, _, mask, ctx.temperature, temperatures = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(student, token_ids, mask, temperatures, *output[2:])
+    ctx.save_for_backward(student, token_ids, mask, temperatures, *output[2:4])
 
 
 def _backward(ctx, upstream, *_):

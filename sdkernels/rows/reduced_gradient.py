@@ -110,7 +110,9 @@ def reduced_gradient(
     """The gradient of the student's logits, (..., V) in its dtype, from that of its reduced row, (..., k + 1).
 
     A listed token gets its entry's over T, each other the tail's over T times its share of the tail, of which a tail of
-    nothing has none. A row whose tail gets no gradient is not read; one whose first entry gets NaN is NaN.
+    nothing has none. A row whose tail gets no gradient is not read; one whose first entry gets NaN is NaN. Of rows that
+    are a part of whole ones the tail's statistics are the whole tail's; an id of -1 has no token here, whatever its
+    entry gets.
     """
     arguments = (student, token_ids, temperature, temperatures)
     tail = (tail_max, tail_log_sum)

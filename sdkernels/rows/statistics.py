@@ -87,6 +87,9 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log P(token) in float64, entropy, the row's maximum m and log sum exp((z - m) / T), each (...).
 
+    In a row of only -inf m is at most the lowest float, the log sum is -inf and the first two are NaN; a row that holds
+    NaN or +inf, or whose id is outside the vocabulary, has a log sum of NaN.
+
     ``logits`` (..., V) is what ``layout.as_rows`` returns; ``token_ids`` and the bool ``mask`` are contiguous, of the
     leading shape; ``temperatures``, contiguous, float64, holds one value for each run of consecutive tokens.
     ``inplace`` is for backward: it lets the gradient take the logits' memory.
