@@ -277,4 +277,5 @@ def _base_log_q(
     inside = b > -torch.inf if threshold is None else b >= threshold.unsqueeze(-1)
     y = ((b - m) / t).where(inside, -torch.inf)
     log_sum = row_sum(y.exp()).log() if normaliser is None else normaliser[1]
-    return y - log_sum, m, log_sum
+    nothing = (y == -torch.inf) & ~log_sum.isnan()  # S may be empty in a part of a row
+    return (y - log_sum).masked_fill(nothing, -torch.inf), m, log_sum
