@@ -27,7 +27,7 @@ gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -c "import torch; torch.cuda.get_device_name()"
 	$(PYTHON) -m pytest -q $(ARGS)
-	for name in rlsd_loss ssd_loss truncation opsd_loss; do \
+	for name in rlsd_loss ssd_loss truncation opsd_loss linear; do \
 		PYTHONPATH=. $(PYTHON) benchmarks/bench_$$name.py --device cuda --json $(OUT)/$$name.json --plot $(OUT)/$$name.png || exit 1; \
 	done
 

@@ -178,20 +178,25 @@ def check(case: Case, inputs: Any, truth: Any, itemsize: int) -> tuple[Measureme
 
 
 def interleave(
-    prepared: dict[str, Prepared], timer: Timer, seconds: float, on_progress: Callable[[float], None]
+    prepared: dict[str, Prepared],
+    timer: Timer,
+    seconds: float,
+    on_progress: Callable[[float], None],
+    fewest: int = FEWEST_ROUNDS,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Rounds of all cases until the time is up: seconds of each run, by key."""
     keys = list(prepared)
-    for key in keys:
+    for key in keys if warm_up else ():
         timer(prepared[key])
     times: dict[str, list[float]] = {key: [] for key in keys}
     start, rounds, shown = time.perf_counter(), 0, 0.0
-    while rounds < FEWEST_ROUNDS or time.perf_counter() - start < seconds:
+    while rounds < fewest or time.perf_counter() - start < seconds:
         first = rounds % len(keys)
         for key in keys[first:] + keys[:first]:
             times[key].append(timer(prepared[key]))
         rounds += 1
-        done = min((time.perf_counter() - start) / max(seconds, 1e-9), rounds / FEWEST_ROUNDS, 1.0)
+        done = min((time.perf_counter() - start) / max(seconds, 1e-9), rounds / fewest, 1.0)
         on_progress(done - shown)
         shown = done
     on_progress(1.0 - shown)

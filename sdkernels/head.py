@@ -76,9 +76,14 @@ class _Head:
         self.logits_dtype = _logits_dtype(side.hidden, side.weight, dtype)
         given = torch.promote_types(side.hidden.dtype, side.weight.dtype) if dtype is None else dtype
         self.dtype = given if side.hidden.is_cuda else self.logits_dtype  # only there 16-bit matmuls give float32
+        self.rounding = dtype or self.dtype
         self.scale, self.softcap = scale, softcap
-        self.weight = side.weight.to(self.dtype)
+        self.weight = self.cast(side.weight)
         self.bias = None if side.bias is None else side.bias.to(self.logits_dtype)
+
+    def cast(self, value: Tensor) -> Tensor:
+        """Rounded as autocast asks, in the dtype of the matmuls."""
+        return value.to(self.rounding).to(self.dtype)
 
     def write_logits(self, hidden: Tensor, logits: Tensor) -> None:
         """Over `logits` (n, V): (hidden @ weight.T + bias) scale, capped."""
@@ -203,17 +208,17 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
             piece = slice(start, min(start + chunk_size, tokens))
             count = piece.stop - start
             # A masked token's hidden states may hold NaN, which 0 times would remain.
-            inputs = hidden[piece].to(head.dtype).masked_fill(~keep[piece].unsqueeze(-1), 0)
+            inputs = head.cast(hidden[piece]).masked_fill(~keep[piece].unsqueeze(-1), 0)
             logits, other_logits = buffer[:count], None
             if shared:
-                both = torch.cat((inputs, other_hidden[piece].to(head.dtype)))
+                both = torch.cat((inputs, head.cast(other_hidden[piece])))
                 head.write_logits(both, buffer[: 2 * count])
                 other_logits = buffer[count : 2 * count]
             else:
                 head.write_logits(inputs, logits)
                 if other_hidden is not None:
                     other_logits = other_buffer[:count]
-                    other_head.write_logits(other_hidden[piece].to(other_head.dtype), other_logits)
+                    other_head.write_logits(other_head.cast(other_hidden[piece]), other_logits)
             wanted = [None if each is None else each[piece] for each in upstream] if any(wants) else []
             leaf = logits.detach().requires_grad_(any(wants))
             mine = {name: value[piece] if isinstance(value, Tensor) else value for name, value in values.items()}
@@ -228,6 +233,7 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
                 outputs, on_outputs = zip(*((part, on.to(part.dtype)) for part, on in pairs), strict=True)
                 (grad,) = torch.autograd.grad(outputs, leaf, on_outputs)
                 gradients.add(grad, logits, inputs, piece)
+                del grad  # or the next chunk's would be made beside it
         if group is not None and gradients.hidden is not None:
             total = gradients.hidden.to(head.logits_dtype)
             dist.all_reduce(total, group=group)
@@ -259,8 +265,7 @@ def _swept_gradients(ctx, inputs: Sequence[Tensor], upstream: Sequence[Tensor | 
 
 def _for_inputs(ctx, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """Gradients for what the two functions below take, in its dtypes."""
-    sides = ctx.saved_tensors[:3]
-    wanted = [x.to(side.dtype) if want else None for x, side, want in zip(gradients, sides, ctx.wants, strict=True)]
+    wanted = [x.to(dtype) if want else None for x, dtype, want in zip(gradients, ctx.dtypes, ctx.wants, strict=True)]
     return (*(None,) * 5, *wanted, *(None,) * (len(ctx.needs_input_grad) - 8))
 
 
@@ -278,6 +283,7 @@ class _Total(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, *others, factor)
         ctx.function, ctx.layout, ctx.chunk_size, ctx.dtype, ctx.wants = function, layout, chunk_size, dtype, wants
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.formed = (on_hidden, on_weight, on_bias)
         ctx.mark_non_differentiable(*found)
         ctx.set_materialize_grads(False)
@@ -309,6 +315,7 @@ class _Results(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, *others)
         ctx.function, ctx.layout, ctx.chunk_size, ctx.dtype = function, layout, chunk_size, dtype
         ctx.wants = [ctx.needs_input_grad[i] for i in (5, 6, 7)]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(*(x for x, result in zip(found, results, strict=True) if not result.flows))
         ctx.set_materialize_grads(False)
         return tuple(found)
@@ -328,6 +335,8 @@ def fused(
 
     `values` has the function's options by name, tensors (N, ...) and `logit_scale` and `softcap` (0: none) among them.
     """
+    if not torch.is_grad_enabled():  # which `needs_input_grad` does not say
+        student = Side(*(None if x is None else x.detach() for x in student))
     device = student.hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if torch.float64 in (student.hidden.dtype, student.weight.dtype):

@@ -15,6 +15,7 @@ a 16-bit weight for the time of a call.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,8 +53,8 @@ class _Call:
         self.shape = hidden.shape[:-1]
         self.logits = hidden.detach().new_zeros(1).expand(*self.shape, weight.shape[0])  # stands in for checks
         cap = _check.above("softcap", softcap, 0)
-        scale = _check.real("logit_scale", logit_scale)
-        self.values: dict[str, Any] = {"logit_scale": scale, "softcap": 0.0 if cap is None else cap}
+        (scale,) = _check.reals("logit_scale", (logit_scale,), 1)
+        self.values: dict[str, Any] = {"logit_scale": scale, "softcap": 0.0 if cap in (None, math.inf) else cap}
         self.chunk_size = None if chunk_size is None else _check.integer("chunk_size", chunk_size, 1)
         self.other = Other()
         self.shard = shard_of(group, vocab_start, self.logits)
@@ -102,16 +103,18 @@ class _Call:
     def set_tokens(self, token_ids: Any, mask: Any) -> Tensor:
         """Which tokens count, from checked ids (or None) and mask."""
         mask = _check.mask("mask", mask, self.shape, self.logits)
+        temperature = self.values["temperature"]
+        tempered = temperature.reshape(self.shape) if isinstance(temperature, Tensor) else None
         if token_ids is not None:
             _check.token_ids("token_ids", token_ids, self.shape, self.logits)
             keep = kept_tokens(token_ids, mask)
-            temperature = self.values["temperature"]
-            tempered = temperature.reshape(self.shape) if isinstance(temperature, Tensor) else None
             if self.shard is None and not torch.compiler.is_compiling():
                 check_values(self.logits, token_ids, keep, tempered)
             self.values["token_ids"] = token_ids.reshape(-1)
         else:
             keep = torch.ones(self.shape, dtype=torch.bool, device=self.logits.device) if mask is None else mask
+            if tempered is not None and not torch.compiler.is_compiling() and _check.values_are_checked(keep):
+                _check.temperature_values(tempered, keep)
         self.values["mask"] = keep.reshape(-1)
         return keep
 
@@ -139,7 +142,7 @@ class _Call:
         hidden, weight, bias = self.student
         student = Side(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
         total, results = fused(function, student, self.other, factor, self.values, self.chunk_size)
-        return total, [x.reshape(*self.shape, *x.shape[1:]) for x in results]
+        return total, [x.reshape((*self.shape, *x.shape[1:])) for x in results]
 
 
 def linear_token_log_prob(

@@ -42,6 +42,33 @@ SIGNATURES = {
     "normalizer=None, cu_seqlens=None, group=None, vocab_start=None)",
     "opsd_decomposition": "(student_logits, teacher_logits, *, temperature=1.0, mask=None, group=None, "
     "vocab_start=None)",
+    "linear_token_log_prob": "(hidden, lm_head_weight, token_ids, temperature=1.0, *, top_k=None, top_p=None, "
+    "min_p=None, support=None, mask=None, cu_seqlens=None, bias=None, softcap=None, logit_scale=1.0, "
+    "chunk_size=None, group=None, vocab_start=None)",
+    "linear_grpo_loss": "(hidden, lm_head_weight, token_ids, advantages, old_log_prob=None, *, epsilon_low=0.2, "
+    "epsilon_high=0.2, dual_clip=None, reference_log_prob=None, beta=0.0, temperature=1.0, mask=None, "
+    "token_weight=None, reduction='token-mean', normalizer=None, cu_seqlens=None, bias=None, softcap=None, "
+    "logit_scale=1.0, chunk_size=None, group=None, vocab_start=None)",
+    "linear_rlsd_loss": "(student_hidden, teacher, lm_head_weight, token_ids, advantages, old_log_prob=None, *, "
+    "clip_range=0.2, lam=1.0, apply_to='all', pessimistic=False, credit_mask=None, evidence_from='current', "
+    "epsilon_low=0.2, epsilon_high=0.2, dual_clip=None, reference_log_prob=None, beta=0.0, temperature=1.0, "
+    "mask=None, token_weight=None, reduction='token-mean', normalizer=None, cu_seqlens=None, bias=None, "
+    "teacher_lm_head_weight=None, teacher_bias=None, softcap=None, logit_scale=1.0, chunk_size=None, group=None, "
+    "vocab_start=None)",
+    "linear_rlsd_token_advantage": "(student_hidden, teacher, lm_head_weight, token_ids, advantages, *, "
+    "clip_range=0.2, lam=1.0, temperature=1.0, mask=None, credit_mask=None, apply_to='all', pessimistic=False, "
+    "cu_seqlens=None, bias=None, teacher_lm_head_weight=None, teacher_bias=None, softcap=None, logit_scale=1.0, "
+    "chunk_size=None, group=None, vocab_start=None)",
+    "linear_ssd_loss": "(student_hidden, base, lm_head_weight, temperature, *, top_k=None, top_p=None, min_p=None, "
+    "weights=(1.0, 1.0, 1.0), mask=None, token_weight=None, reduction='token-mean', normalizer=None, "
+    "cu_seqlens=None, bias=None, base_lm_head_weight=None, base_bias=None, softcap=None, logit_scale=1.0, "
+    "chunk_size=None, group=None, vocab_start=None)",
+    "linear_opsd_loss": "(student_hidden, teacher_hidden, lm_head_weight, *, divergence='forward_kl', beta=0.5, "
+    "temperature=1.0, top_k=None, top_k_from='student', tail=True, token_clip=None, mask=None, token_weight=None, "
+    "reduction='token-mean', normalizer=None, cu_seqlens=None, bias=None, teacher_lm_head_weight=None, "
+    "teacher_bias=None, softcap=None, logit_scale=1.0, chunk_size=None, group=None, vocab_start=None)",
+    "linear_truncated_support": "(hidden, lm_head_weight, temperature=1.0, *, top_k=None, top_p=None, min_p=None, "
+    "max_size, mask=None, bias=None, softcap=None, logit_scale=1.0, chunk_size=None)",
     "effective_temperature": "(train_temperature, eval_temperature)",
     "lambda_schedule": "(step, *, peak=0.5, warmup_steps=0, decay_steps=0)",
     "rlsd_metrics": "(output, mask=None, *, clip_range=0.2, epsilon_low=0.2, epsilon_high=0.2)",

@@ -1,0 +1,124 @@
+"""linear_* under FSDP2: a step of two processes is a step of one on the mean of their losses."""
+
+import socket
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from closeness import epsilon
+from conftest import INTERPRETED
+from torch import nn
+
+from sdkernels import linear_rlsd_loss, linear_ssd_loss
+
+pytestmark = pytest.mark.skipif(INTERPRETED or not dist.is_gloo_available(), reason="the same code; needs gloo")
+
+WORLD, TOKENS, H, V, STEPS = 2, 5, 8, 22, 3
+
+
+class Model(nn.Module):
+    """Hidden states, and with `inside` the loss too, in forward: there FSDP has the head's weight whole."""
+
+    def __init__(self, loss, inside):
+        super().__init__()
+        self.embedding, self.body = nn.Embedding(V, H), nn.Linear(H, H)
+        self.lm_head = nn.Linear(H, V)
+        self.loss, self.inside = loss, inside
+
+    def forward(self, data):
+        hidden = torch.tanh(self.body(self.embedding(data["inputs"]))) * 3
+        return self.head(hidden, data) if self.inside else hidden
+
+    def head(self, hidden, data):
+        weight, bias = self.lm_head.weight, self.lm_head.bias
+        if self.loss == "rlsd":
+            return linear_rlsd_loss(hidden, data["teacher"], weight, data["ids"], data["advantages"], bias=bias,
+                                    softcap=20.0, chunk_size=3).loss  # fmt: skip
+        return linear_ssd_loss(hidden, data["teacher"], weight, 0.8, bias=bias, chunk_size=3).loss
+
+
+def batch(step, rank):
+    torch.manual_seed(100 * step + rank)
+    return {
+        "inputs": torch.randint(V, (TOKENS,)), "ids": torch.randint(V, (TOKENS,)), "advantages": torch.randn(TOKENS),
+        "teacher": torch.randn(TOKENS, H),
+    }  # fmt: skip
+
+
+def model_of(loss, inside):
+    torch.manual_seed(3)
+    return Model(loss, inside)
+
+
+def loss_of(model, data):
+    output = model(data)
+    return output if model.inside else model.head(output, data)
+
+
+def optimizer_of(model):
+    return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)  # it does not hide what scales a gradient
+
+
+def one_process(loss, inside):
+    model = model_of(loss, inside)
+    optimizer = optimizer_of(model)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        (sum(loss_of(model, batch(step, rank)) for rank in range(WORLD)) / WORLD).backward()
+        optimizer.step()
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+CASES = [(loss, inside) for loss in ("rlsd", "ssd") for inside in (True, False)]
+
+
+def worker(rank, port, queue):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD,
+                            timeout=timedelta(seconds=60))  # fmt: skip
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    for loss, inside in CASES:
+        model = model_of(loss, inside)
+        if inside:
+            fully_shard(model, mesh=mesh)
+        else:
+            for part in (model.body, model.lm_head, model.embedding):
+                fully_shard(part, mesh=mesh)
+            assert isinstance(model.lm_head.weight, DTensor)
+        optimizer = optimizer_of(model)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss_of(model, batch(step, rank)).backward()
+            assert isinstance(model.lm_head.weight.grad, DTensor)
+            assert model.lm_head.weight.grad.placements == model.lm_head.weight.placements
+            optimizer.step()
+        found = {name: value.full_tensor().detach() for name, value in model.named_parameters()}
+        if rank == 0:
+            queue.put({name: value.numpy() for name, value in found.items()})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    context = torch.multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = context.SimpleQueue()
+    torch.multiprocessing.spawn(worker, (port, queue), nprocs=WORLD)
+    return {case: queue.get() for case in CASES}
+
+
+@pytest.mark.parametrize(("loss", "inside"), CASES)
+def test_two_processes_train_as_one_on_the_mean_of_their_losses(loss, inside, trained):
+    before = dict(model_of(loss, inside).named_parameters())
+    for name, expected in one_process(loss, inside).items():
+        found = torch.from_numpy(trained[loss, inside][name])
+        moved = (expected - before[name]).abs().max()
+        assert moved > 1e-3
+        assert (found - expected).abs().max() <= 256 * epsilon(torch.float32) * expected.abs().max(), name
