@@ -1,0 +1,258 @@
+"""Functions with `group`: what ranks with unequal shards compute is what one process computes of whole rows."""
+
+import functools
+import math
+import socket
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from closeness import EAGER_FACTOR, FLOAT64_BOUND, LOG_PROB_BOUND, ROUNDING, WEIGHT_BOUND
+from conftest import INTERPRETED
+
+import sdkernels
+
+pytestmark = pytest.mark.skipif(INTERPRETED or not dist.is_gloo_available(), reason="the same code; needs gloo")
+
+B, T, V, H, K = 2, 5, 97, 16, 12
+CUTS = {2: (0, 40, V), 3: (0, 1, 60, V)}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+FILTERS = {
+    "top_k": {"top_k": 7},
+    "more than a shard has": {"top_k": 60},
+    "top_p": {"top_p": 0.7},
+    "min_p": {"min_p": 0.05},
+    "all filters": {"top_k": 30, "top_p": 0.9, "min_p": 0.01},
+}
+DIVERGENCES = {
+    "forward KL": {},
+    "reverse KL": {"divergence": "reverse_kl"},
+    "JSD": {"divergence": "jsd", "beta": 0.3},
+    "clipped KL": {"token_clip": 0.05},
+    "clipped JSD": {"divergence": "jsd", "token_clip": 0.01},
+    "top_k": {"top_k": 9},
+    "the teacher's top_k": {"top_k": 9, "top_k_from": "teacher", "divergence": "jsd"},
+    "renormalised": {"top_k": 9, "tail": False},
+    "all of top_k": {"top_k": V + 3},
+}
+RATIOS = {"weight", "advantage", "ratio", "loss", "cross_entropy", "total"}  # or sums of many terms: relative
+
+
+class Problem:
+    """Rows of logits on two sides, hidden states and a head, and tokens; with ties, masks, and a shard of -inf."""
+
+    def __init__(self, dtype, world):
+        torch.manual_seed(0)
+        self.student, self.teacher = (torch.randn(B, T, V).mul(3).round(decimals=1).to(dtype) for _ in range(2))
+        self.student[0, 0, : CUTS[world][1]] = -torch.inf
+        self.ids, self.advantages = torch.randint(V, (B, T)), torch.randn(B)
+        self.ids[0, 0], self.ids[0, 1] = V - 1, -100
+        self.mask = torch.ones(B, T)
+        self.mask[1, 3] = 0
+        self.student[1, 4], self.teacher[1, 3] = torch.nan, torch.inf
+        self.temperature = torch.rand(B, T) + 0.5
+        self.kept = torch.stack([torch.randperm(V)[:K] for _ in range(B * T)]).reshape(B, T, K)
+        self.kept[..., 3] = -1
+        self.recorded = sdkernels.truncated_support(self.teacher.double(), 1.6, top_k=20, max_size=32, mask=self.mask)
+        self.hidden, self.other, self.weight = torch.randn(B, T, H), torch.randn(B, T, H), torch.randn(V, H)
+        self.hidden[1, 4] = torch.nan
+        self.tokens = {"mask": self.mask}
+
+
+def flat(output):
+    """Named results, of a Tensor or of nested named tuples."""
+    if isinstance(output, torch.Tensor):
+        return {"result": output}
+    named = {}
+    for name, value in output._asdict().items():
+        named |= flat(value) if isinstance(value, tuple) else {name: value}
+    return named
+
+
+def cases():
+    """Functions of (problem, student, teacher, sharding), differentiable in the student."""
+    f, found = sdkernels, {}
+    found["token_log_prob"] = lambda p, x, y, g: f.token_log_prob(x, p.ids, p.temperature, **p.tokens, **g)
+    found["replay"] = lambda p, x, y, g: f.token_log_prob(x, p.ids, p.temperature, support=p.kept, **p.tokens, **g)
+    found["grpo_loss"] = lambda p, x, y, g: f.grpo_loss(
+        x, p.ids, p.advantages, temperature=p.temperature, **p.tokens, **g
+    )
+    found["rlsd_loss"] = lambda p, x, y, g: f.rlsd_loss(x, y, p.ids, p.advantages, lam=0.5, **p.tokens, **g)
+    found["rlsd_loss of log-probs"] = lambda p, x, y, g: f.rlsd_loss(
+        x, -torch.ones(B, T), p.ids, p.advantages, lam=0.5, **p.tokens, **g
+    )
+    found["rlsd_token_advantage"] = lambda p, x, y, g: f.rlsd_token_advantage(
+        x, y, p.ids, p.advantages, lam=0.5, **p.tokens, **g
+    )
+    found["ssd_loss"] = lambda p, x, y, g: f.ssd_loss(x, y, 1.6, **p.tokens, **g)
+    found["ssd_loss of a Support"] = lambda p, x, y, g: f.ssd_loss(x, p.recorded, 1.6, **p.tokens, **g)
+    found["ssd_decomposition"] = lambda p, x, y, g: f.ssd_decomposition(x, y, p.temperature, **p.tokens, **g)
+    found["truncated_log_softmax"] = lambda p, x, y, g: f.truncated_log_softmax(x, 0.7, **g)
+    for name, filters in FILTERS.items():
+        found[f"token_log_prob, {name}"] = lambda p, x, y, g, o=filters: f.token_log_prob(
+            x, p.ids, p.temperature, **o, **p.tokens, **g
+        )
+        found[f"ssd_loss, {name}"] = lambda p, x, y, g, o=filters: f.ssd_loss(x, y, 1.6, **o, **p.tokens, **g)
+        found[f"truncated_log_softmax, {name}"] = lambda p, x, y, g, o=filters: f.truncated_log_softmax(
+            x, 0.7, **o, **g
+        )
+    for name, options in DIVERGENCES.items():
+        found[f"opsd_loss, {name}"] = lambda p, x, y, g, o=options: f.opsd_loss(
+            x, y, temperature=p.temperature, **o, **p.tokens, **g
+        )
+    found["opsd_decomposition"] = lambda p, x, y, g: f.opsd_decomposition(
+        x, torch.stack([y, y.flip(1) * 0.5, -y]), **p.tokens, **g
+    )
+    return found
+
+
+def heads():
+    """Functions of (problem, hidden, weight, sharding) with the head sharded."""
+    f, found = sdkernels, {}
+    found["linear_token_log_prob"] = lambda p, h, w, g: f.linear_token_log_prob(h, w, p.ids, **p.tokens, **g)
+    found["linear_token_log_prob, top_k"] = lambda p, h, w, g: f.linear_token_log_prob(
+        h, w, p.ids, top_k=60, **p.tokens, **g
+    )
+    found["linear_token_log_prob, replay"] = lambda p, h, w, g: f.linear_token_log_prob(
+        h, w, p.ids, support=p.kept, **p.tokens, **g
+    )
+    found["linear_grpo_loss"] = lambda p, h, w, g: f.linear_grpo_loss(
+        h, w, p.ids, p.advantages, softcap=5.0, **p.tokens, **g
+    )
+    found["linear_rlsd_loss"] = lambda p, h, w, g: f.linear_rlsd_loss(
+        h, p.other, w, p.ids, p.advantages, chunk_size=3, **p.tokens, **g
+    )
+    found["linear_rlsd_token_advantage"] = lambda p, h, w, g: f.linear_rlsd_token_advantage(
+        h, p.other, w, p.ids, p.advantages, **p.tokens, **g
+    )
+    found["linear_ssd_loss"] = lambda p, h, w, g: f.linear_ssd_loss(h, p.other, w, 1.6, top_k=20, **p.tokens, **g)
+    found["linear_opsd_loss"] = lambda p, h, w, g: f.linear_opsd_loss(h, p.other, w, chunk_size=3, **p.tokens, **g)
+    return found
+
+
+def upstream_sum(results, columns, seed):
+    """A random combination of the differentiable results, of a result (..., V) only these columns."""
+    torch.manual_seed(seed)
+    total = 0.0
+    for value in results.values():
+        wide = value.dim() == 3
+        weights = torch.randn((B, T, V) if wide else value.shape, dtype=torch.float64)
+        if value.requires_grad:
+            weights = weights[..., columns] if wide else weights
+            total = total + torch.where(value.isfinite(), value.double(), 0).mul(weights).sum()
+    return total
+
+
+def too_far(name, actual, truth):
+    """Why a result is too far from its truth, if it is."""
+    actual, truth = actual.detach(), truth.detach().double()
+    if actual.dtype == torch.int64:
+        return None if torch.equal(actual, truth.long()) else f"{name} differs"
+    relative = FLOAT64_BOUND if actual.dtype == torch.float64 else WEIGHT_BOUND
+    absolute = FLOAT64_BOUND if actual.dtype == torch.float64 else LOG_PROB_BOUND
+    allowed = torch.finfo(actual.dtype).eps * truth.abs() + absolute + (relative * truth.abs() if name in RATIOS else 0)
+    same = (actual == truth) | (actual.isnan() & truth.isnan())
+    error = (actual.double() - truth).abs().masked_fill(same, 0)
+    return None if ((error <= allowed) | same).all() else f"{name} is off by {error.max().item():.3g}"
+
+
+def gradients_too_far(actual, plain, truth):
+    """Why a gradient is: each row's norm within SPEC's bound, or as good as the whole rows'."""
+    upstream = 4 * math.log(V)  # of normal numbers on log-probs and entropies
+    rounding = ROUNDING[actual.dtype]
+    factor = FLOAT64_BOUND if actual.dtype == torch.float64 else 1e-6
+    error, floor = (actual.double() - truth).norm(dim=-1), (plain.double() - truth).norm(dim=-1)
+    allowed = factor * upstream + rounding * truth.norm(dim=-1) + EAGER_FACTOR * floor
+    same = actual.isnan().all(-1) & truth.isnan().all(-1)
+    return None if ((error <= allowed) | same).all() else f"gradient is off by {error[~same].max().item():.3g}"
+
+
+def check_logits(function, problem, columns, sharding):
+    """Why a function on a shard of the logits is not the one on whole rows, in words."""
+    found = []
+    for dtype, sides in ((None, 1), (torch.float64, 0)):
+        whole, other = (x if dtype is None else x.to(dtype) for x in (problem.student, problem.teacher))
+        leaf = whole.clone().requires_grad_()
+        results = flat(function(problem, leaf, other, {}))
+        found.append((results, leaf, slice(None), sides))
+    leaf = problem.student[..., columns].clone().requires_grad_()
+    found.append((flat(function(problem, leaf, problem.teacher[..., columns], sharding)), leaf, columns, 1))
+    (plain, plain_leaf, *_), (truth, truth_leaf, *_), (mine, leaf, *_) = found
+    for name, value in mine.items():
+        expected = plain[name] if plain[name].dim() == 3 else truth[name]
+        expected = expected[..., columns] if expected.dim() == 3 else expected
+        if why := too_far(name, value, expected):
+            return why
+    sums = [upstream_sum(results, part, 1) for results, _, part, _ in found]
+    if isinstance(sums[0], float):
+        return None
+    grads = [torch.autograd.grad(total, x)[0] for total, x in zip(sums, (plain_leaf, truth_leaf, leaf), strict=True)]
+    return gradients_too_far(grads[2], grads[0][..., columns], grads[1][..., columns])
+
+
+def check_head(function, problem, columns, sharding):
+    """Why a function of hidden states and a shard of the head is not the one of the whole head."""
+    sums, leaves, results = [], [], []
+    for part, options, dtype in ((slice(None), {}, torch.float64), (columns, sharding, torch.float32)):
+        hidden, weight = problem.hidden.to(dtype).requires_grad_(), problem.weight[part].to(dtype).requires_grad_()
+        problem.other = problem.other.to(dtype)
+        results.append(flat(function(problem, hidden, weight, options)))
+        sums.append(upstream_sum(results[-1], part, 1))
+        leaves.append((hidden, weight))
+        problem.hidden.grad = None
+    for name, value in results[1].items():
+        if why := too_far("loss", value, results[0][name]):  # matmuls in float32: relative
+            return f"{name}: {why}"
+    if isinstance(sums[0], float):
+        return None
+    (hidden, weight), mine = (torch.autograd.grad(*each) for each in zip(sums, leaves, strict=True))
+    for name, actual, truth in (("hidden", mine[0], hidden), ("weight", mine[1], weight[columns])):
+        kept = truth.isfinite()
+        if (actual - truth)[kept].norm() > 1e-5 * truth[kept].norm() + 1e-5:
+            return f"gradient of {name} is off by {(actual - truth)[kept].norm().item():.3g}"
+    return None
+
+
+def work(rank, world, port, path):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+    columns = slice(*CUTS[world][rank : rank + 2])
+    sharding = {"group": dist.group.WORLD, "vocab_start": columns.start}
+    verdicts = {}
+    for dtype in DTYPES:
+        problem = Problem(dtype, world)
+        for name, function in cases().items():
+            verdicts[f"{name}, {dtype}"] = check_logits(function, problem, columns, sharding)
+    for name, function in heads().items():
+        verdicts[f"{name}, {torch.float32}"] = check_head(function, Problem(torch.float32, world), columns, sharding)
+    everyone = [None] * world
+    dist.all_gather_object(everyone, verdicts)
+    if rank == 0:
+        torch.save({name: [each[name] for each in everyone] for name in verdicts}, path)
+    dist.destroy_process_group()
+
+
+@functools.cache
+def verdicts_of(world, path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (world, port, path), nprocs=world)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("verdicts")
+
+
+NAMES = [f"{name}, {dtype}" for dtype in DTYPES for name in cases()] + [f"{name}, {torch.float32}" for name in heads()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("world", CUTS)
+def test_shards_give_what_whole_rows_give(world, name, folder):
+    assert verdicts_of(world, str(folder / f"{world}.pt"))[name] == [None] * world
