@@ -1,0 +1,126 @@
+"""What a sharded vocabulary exchanges and refuses, and a transformers model under tensor parallelism."""
+
+import os
+import socket
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from closeness import epsilon
+from conftest import INTERPRETED
+
+import sdkernels
+from sdkernels import linear_grpo_loss, opsd_decomposition, opsd_loss, rlsd_loss, ssd_loss, token_log_prob
+
+pytestmark = pytest.mark.skipif(INTERPRETED or not dist.is_gloo_available(), reason="the same code; needs gloo")
+
+B, T, V = 2, 3, 50
+
+
+@pytest.fixture(scope="module")
+def group():
+    """Of one rank: what is exchanged does not depend on how many there are."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+EXCHANGES = {
+    "token_log_prob": (lambda x, y, i, g: token_log_prob(x, i, **g), 1),
+    "replay": (lambda x, y, i, g: token_log_prob(x, i, support=i.unsqueeze(-1), **g), 1),
+    "rlsd_loss": (lambda x, y, i, g: rlsd_loss(x, y, i, torch.ones(B), **g), 1),
+    "ssd_loss": (lambda x, y, i, g: ssd_loss(x, y, 1.6, **g), 1),
+    "ssd_loss, top_k": (lambda x, y, i, g: ssd_loss(x, y, 1.6, top_k=5, **g), 1 + 7 + 1 + 1),
+    "ssd_loss, top_k, 16 bits": (lambda x, y, i, g: ssd_loss(x, y.bfloat16(), 1.6, top_k=5, **g), 1 + 4 + 1 + 1),
+    "min_p": (lambda x, y, i, g: sdkernels.truncated_log_softmax(x, min_p=0.1, **g), 1 + 1),
+    "top_k, top_p": (lambda x, y, i, g: sdkernels.truncated_log_softmax(x, top_k=9, top_p=0.5, **g), 1 + 7 + 1 + 7 + 1),
+    "a KL": (lambda x, y, i, g: opsd_loss(x, y, **g), 1),
+    "the JSD": (lambda x, y, i, g: opsd_loss(x, y, divergence="jsd", **g), 2),
+    "a clip": (lambda x, y, i, g: opsd_loss(x, y, token_clip=0.1, **g), 2),
+    "top_k of a divergence": (lambda x, y, i, g: opsd_loss(x, y, top_k=5, **g), 2),
+    "opsd_decomposition": (lambda x, y, i, g: opsd_decomposition(x, y.unsqueeze(0), **g), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_exchanges_are_as_many_as_promised_and_backward_has_none(name, group, monkeypatch):
+    function, promised = EXCHANGES[name]
+    student, teacher, ids = torch.randn(B, T, V, requires_grad=True), torch.randn(B, T, V), torch.randint(V, (B, T))
+    calls, gather = [], dist.all_gather
+    monkeypatch.setattr(dist, "all_gather", lambda *a, **k: calls.append(a) or gather(*a, **k))
+    output = function(student, teacher, ids, {"group": group})
+    assert len(calls) == promised
+    loss = output if isinstance(output, torch.Tensor) else output[0]
+    if loss.requires_grad:
+        loss.sum().backward()
+        assert len(calls) == promised + isinstance(output, torch.Tensor)  # sums of the upstream gradient of log q
+
+
+def test_what_cannot_be_a_shard_is_refused(group):
+    logits, ids = torch.randn(B, T, V), torch.randint(V, (B, T))
+    with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup, got str"):
+        token_log_prob(logits, ids, group="tp")
+    with pytest.raises(ValueError, match=r"vocab_start=3 needs a group"):
+        token_log_prob(logits, ids, vocab_start=3)
+    with pytest.raises(TypeError, match=r"vocab_start must be an integer, got float"):
+        token_log_prob(logits, ids, group=group, vocab_start=0.0)
+    with pytest.raises(ValueError, match=r"vocab_start must be >= 0, got -1"):
+        token_log_prob(logits, ids, group=group, vocab_start=-1)
+    with pytest.raises(
+        ValueError, match=r"cover the vocabulary in rank order, got shards of \[50\] tokens from \[3\] on"
+    ):
+        token_log_prob(logits, ids, group=group, vocab_start=3)
+    ids[1, 1] = V
+    with pytest.raises(IndexError, match=r"token_ids must be in the vocabulary of one of the group's ranks.*got 50"):
+        token_log_prob(logits, ids, group=group)
+    with pytest.raises(IndexError, match=r"got 50"):
+        linear_grpo_loss(torch.randn(B, T, 4), torch.randn(V, 4), ids, torch.ones(B), group=group)
+    token_log_prob(logits, ids, mask=ids < V, group=group)
+
+
+HEAD = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False}  # fmt: skip
+
+
+def step(model, group):
+    """Loss and gradients of the head's weight and of the embedding."""
+    torch.manual_seed(1)
+    ids, advantages = torch.randint(37, (2, 6)), torch.randn(2)
+    hidden = model.model(ids).last_hidden_state
+    output = linear_grpo_loss(hidden[:, :-1], model.lm_head.weight, ids[:, 1:], advantages, group=group)
+    output.loss.backward()
+    grads = [x.grad for x in (model.lm_head.weight, model.model.embed_tokens.weight)]
+    return output.loss.detach(), *(x.full_tensor() if hasattr(x, "full_tensor") else x for x in grads)
+
+
+def work(rank, world, port, path):
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+    weight = model.lm_head.weight
+    assert weight.to_local().shape[0] < weight.shape[0] == HEAD["vocab_size"]
+    torch.save(step(model, weight.device_mesh.get_group()), f"{path}/step{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_tensor_parallel_transformers_model_takes_the_same_step(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**HEAD))
+    model.save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (2, port, str(tmp_path)), nprocs=2)
+    expected = step(model, None)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"step{rank}.pt", weights_only=True)
+        for name, actual, truth in zip(("loss", "lm_head", "embedding"), found, expected, strict=True):
+            assert actual.shape == truth.shape, f"{name} of rank {rank}"
+            bound = 64 * epsilon(torch.float32) * truth.norm()  # matmuls in another order
+            assert (actual - truth).norm() <= bound, f"{name} of rank {rank} is off by {(actual - truth).norm():.3g}"
