@@ -100,12 +100,18 @@ class _Head:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor, beta: float, scale: float) -> None:
+    """total = beta total + scale left @ right, summed in its dtype."""
+    out_dtype = {} if left.dtype == total.dtype else {"out_dtype": total.dtype}
+    torch.addmm(total, left, right, beta=beta, alpha=scale, out=total, **out_dtype)
+
+
 class _Gradients:
     """What is wanted of the gradients of a side's hidden states, weight and bias, filled chunk by chunk."""
 
     def __init__(self, side: Side, head: _Head, wants: Sequence[bool]) -> None:
         self.head = head
-        self.hidden = torch.empty_like(side.hidden) if wants[0] else None
+        self.hidden = torch.empty_like(side.hidden, dtype=head.logits_dtype) if wants[0] else None
         allocate = torch.empty_like if len(side.hidden) else torch.zeros_like  # the first chunk writes, if there is one
         self.weight = allocate(side.weight, dtype=head.logits_dtype) if wants[1] else None
         self.bias = None
@@ -121,12 +127,9 @@ class _Gradients:
             self.bias.add_(grad.sum(0), alpha=scale)
         grad = grad.to(hidden.dtype)
         if self.hidden is not None:
-            product = grad @ head.weight
-            self.hidden[piece] = product if scale == 1 else product.mul_(scale)
-        if self.weight is not None:
-            total, beta = self.weight, float(piece.start > 0)  # with 0 what is in the memory does not count
-            out_dtype = {} if grad.dtype == total.dtype else {"out_dtype": total.dtype}
-            torch.addmm(total, grad.t(), hidden, beta=beta, alpha=scale, out=total, **out_dtype)
+            _add_product(self.hidden[piece], grad, head.weight, 0.0, scale)
+        if self.weight is not None:  # with 0 what is in the memory does not count
+            _add_product(self.weight, grad.t(), hidden, float(piece.start > 0), scale)
 
     def all(self, like: Tensor) -> list[Tensor]:
         """The three, those that are not wanted empty."""
@@ -194,6 +197,8 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
     family, tokens = FAMILIES[function], hidden.shape[0]
     results = _empty_results(function, hidden, layout, _logits_dtype(hidden, weight, dtype))
     student, shared = Side(hidden, weight, bias), other_hidden is not None and other_weight is None
+    if shared and dtype is None and other_hidden.dtype != hidden.dtype:  # matmuls of its own
+        other_weight, other_bias, shared = weight, bias, False
     with torch.autocast(hidden.device.type, enabled=False), _autograd_on(), torch.no_grad():
         head = _Head(student, scale, softcap, dtype)
         gradients = _Gradients(student, head, wants)
@@ -235,9 +240,7 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
                 gradients.add(grad, logits, inputs, piece)
                 del grad  # or the next chunk's would be made beside it
         if group is not None and gradients.hidden is not None:
-            total = gradients.hidden.to(head.logits_dtype)
-            dist.all_reduce(total, group=group)
-            gradients.hidden = total.to(hidden.dtype)
+            dist.all_reduce(gradients.hidden, group=group)
     return [*results, *gradients.all(hidden)]
 
 
@@ -247,7 +250,7 @@ def _(function, hidden, weight, bias, other_hidden, other_weight, other_bias, te
     sums = _logits_dtype(hidden, weight, dtype)
     return [
         *_empty_results(function, hidden, layout, sums),
-        torch.empty_like(hidden) if wants[0] else hidden.new_empty(0),
+        torch.empty_like(hidden, dtype=sums) if wants[0] else hidden.new_empty(0),
         torch.empty_like(weight, dtype=sums) if wants[1] else hidden.new_empty(0),
         torch.empty_like(bias, dtype=sums) if wants[2] else hidden.new_empty(0),
     ]

@@ -8,9 +8,10 @@ head share one. Backward then only multiplies what forward has formed by the ups
 per-token results of a reduced loss (student_log_prob, terms, ...) makes backward form all of it again, 3 more matmuls.
 
 Memory beyond inputs and gradients: a chunk of float32 logits a side, 128 MiB on a CPU and 1.25 GiB on a GPU or what
-`chunk_size` says, as much again for the gradient of SSD's and OPSD's losses, and the weight's gradient in float32
-(4 H V bytes) from forward to backward. On a CPU, which has no matmul of 16-bit numbers into float32, a float32 copy of
-a 16-bit weight for the time of a call.
+`chunk_size` says, as much again for the gradient of SSD's and OPSD's losses, and the gradients of weight and hidden
+states in float32 (4 H V and 4 H N bytes) from forward to backward. On a CPU, which has no matmul of 16-bit numbers into
+float32, a float32 copy of a 16-bit weight for the time of a call. With a sharded vocabulary a chunk is of 256 tokens on
+a CPU and 2,048 on a GPU, so that ranks of unequal shards agree.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def assert_pulled(name, gradient, parts, eager, size, dtype, wide):
     floor = (FLOAT64_BOUND if wide == torch.float64 else 32 * epsilon(torch.float32)) * norm(size)
     floor = floor.clamp(min=floor.mean()) if floor.numel() else floor  # a row's own terms may nearly cancel in p - q
     unit = ROUNDING[dtype] or (epsilon(dtype) if dtype != wide else 0.0)
-    rounding = unit * (sum(2 * norm(part) for part in parts) + (norm(truth) if len(parts) > 1 else 0.0))
+    rounding = unit * (sum(norm(part) for part in parts) + (norm(truth) if len(parts) > 1 else 0.0))
     least = 6e-8 if dtype == torch.float16 else torch.finfo(dtype).tiny
     allowed = EAGER_FACTOR * norm(eager.double().sum(0) - truth) + floor + rounding + 4 * least * truth.numel() ** 0.5
     error = norm(gradient.double() - truth)
