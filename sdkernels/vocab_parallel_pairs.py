@@ -83,13 +83,24 @@ def ssd_sums(
     invalid = torch.where((sums.size > 0) & top.isfinite() & ~bad, 0.0, torch.nan)
     lse = top - sums.max + log_sum
     four = [torch.where(keep, x + invalid, 0) for x in (lse, sums.support_lse, sums.tempered_lse, sums.cross)]
-    dtype = torch.promote_types(student.dtype, torch.float32)
+    dtype, base_dtype = (
+        torch.promote_types(x.dtype, torch.float32) for x in (student, student if base is None else base)
+    )
     negentropy, log_sum, base_log_sum, top, support_max, base_max = (
         torch.where(keep, x, 0)
         for x in (sums.negentropy + invalid, log_sum + invalid, base_log_sum, top, sums.max, base_max)
     )
     size = torch.where(keep, sums.size, 0).long()
-    saved = (*four, negentropy, size, log_sum, base_log_sum, *(x.to(dtype) for x in (top, support_max, base_max)))
+    saved = (
+        *four,
+        negentropy,
+        size,
+        log_sum,
+        base_log_sum,
+        top.to(dtype),
+        support_max.to(dtype),
+        base_max.to(base_dtype),
+    )
 
     def gradient(rows: Tensor, *upstream: Tensor | None) -> Tensor:
         zeros = torch.zeros_like(log_sum)
@@ -153,14 +164,14 @@ def divergence(
     if name == "jsd" or not math.isinf(clip):
         m, log_sums, other_m, other_sums = exchange(shard, _normalisers([rows, teacher], keep, scaling))
         p, q = merged(m, log_sums, t), merged(other_m, other_sums, t)
-        known = _known(p, q, keep, rows.dtype)
+        known = _known(p, q, keep, rows, teacher)
         value, slope, *_ = row_divergence(rows, teacher, keep, *scaling, *options, *known)
         value, slope = exchange(shard, [value, slope]).sum(1)
     else:
         local = row_divergence(rows, teacher, keep, *scaling, *options, None, None, None, None)
         value, log_sums, other_sums, m, other_m = exchange(shard, [local[0], *local[2:]])
         p, q = merged(m, log_sums, t), merged(other_m, other_sums, t)
-        known = _known(p, q, keep, rows.dtype)
+        known = _known(p, q, keep, rows, teacher)
         first, second = (q, p) if name == "forward_kl" else (p, q)
         nothing, impossible = first.log_shares == -torch.inf, second.log_shares == -torch.inf
         share = first.log_shares.exp()
@@ -178,11 +189,11 @@ def divergence(
     return attach(student, gradient, value)[0]
 
 
-def _known(p: Normaliser, q: Normaliser, keep: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _known(p: Normaliser, q: Normaliser, keep: Tensor, student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
     """Normalisers of student and teacher as the row operators take them."""
     log_sum, other_log_sum, m, other_m = (torch.where(keep, x, 0) for x in (p.log_sum, q.log_sum, p.max, q.max))
-    dtype = torch.promote_types(dtype, torch.float32)
-    return log_sum, other_log_sum, m.to(dtype), other_m.to(dtype)
+    dtype, other_dtype = (torch.promote_types(x.dtype, torch.float32) for x in (student, teacher))
+    return log_sum, other_log_sum, m.to(dtype), other_m.to(other_dtype)
 
 
 def reduced(

@@ -194,8 +194,8 @@ def magnitudes(p, on_logits, options):
 def assert_pulled(name, gradient, parts, eager, size, dtype, wide):
     """As good as float32 logits up to a few roundings of the terms of its sums; and the result's roundings.
 
-    Norms of hidden states' rows, and of all of weight and bias. A 16-bit gradient is rounded where it is handed out, and
-    where autograd adds two.
+    Norms of hidden states' rows, and of all of weight and bias. A 16-bit gradient is rounded where it is handed out,
+    and where autograd adds two.
     """
     truth = parts.sum(0)
     assert gradient.dtype == dtype, f"{name}'s gradient is {gradient.dtype}"
