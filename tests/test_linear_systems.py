@@ -256,6 +256,7 @@ def test_the_operator_passes_opcheck(function, upstream, monkeypatch):
     monkeypatch.setattr(torch.ops.sdkernels, "linear_sweep", lambda *x: calls.append(x) or operator(*x))
     with torch.set_grad_enabled(upstream != "none"):
         fused(function, p, **options, chunk_size=3)
+    monkeypatch.undo()
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in calls[0]]
     torch.library.opcheck(operator.default, tuple(plain), test_utils=("test_schema", "test_faketensor"))
 
