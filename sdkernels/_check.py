@@ -237,6 +237,14 @@ def positive(name: str, value: Any) -> float:
     return number
 
 
+def finite(name: str, value: Any) -> float:
+    """A finite number."""
+    number = real(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return number
+
+
 def reals(name: str, value: Any, count: int) -> tuple[float, ...]:
     """A sequence of so many finite numbers."""
     if not isinstance(value, Sequence) or isinstance(value, str):

@@ -62,9 +62,9 @@ def whole(value: Any) -> Any:
     return _Whole.apply(value) if hasattr(value, "full_tensor") else value
 
 
-def first_row(weight: Any, group: dist.ProcessGroup) -> int | None:
+def first_row(weight: Any, group: Any) -> int | None:
     """The first global row of this rank's part of a DTensor (V, H), sharded as it shards; None of a plain tensor."""
-    if not hasattr(weight, "to_local"):
+    if not hasattr(weight, "to_local") or not isinstance(group, dist.ProcessGroup):
         return None
     return min(group.rank() * -(-weight.shape[0] // group.size()), weight.shape[0])
 

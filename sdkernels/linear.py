@@ -16,134 +16,22 @@ a CPU and 2,048 on a GPU, so that ranks of unequal shards agree.
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from sdkernels import _check
-from sdkernels.evidence import checked_weighing
-from sdkernels.grpo import GRPOOutput, check_policy_options
-from sdkernels.head import Other, Side, first_row, fused, whole
+from sdkernels.grpo import GRPOOutput
+from sdkernels.linear_call import Call, set_evidence, set_policy
 from sdkernels.opsd import OPSDOutput, check_opsd_options
-from sdkernels.reductions import divided, over_tokens, token_factors
+from sdkernels.reductions import over_tokens
 from sdkernels.rlsd import RLSDAdvantage, RLSDOutput
-from sdkernels.rows.layout import at_tokens, kept_tokens, kernel_temperature
-from sdkernels.rows.statistics import check_values
 from sdkernels.ssd import SSDOutput, SSDTerms, check_sparse_base
 from sdkernels.token_log_prob import TokenLogProb, check_replay
 from sdkernels.truncation import Support, checked_filters
-from sdkernels.vocab_parallel import shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-class _Call:
-    """Checked arguments that all of these functions share, flattened to tokens (N,)."""
-
-    def __init__(self, name: str, hidden: Any, weight: Any, bias: Any, softcap: Any, logit_scale: Any,
-                 chunk_size: Any, group: Any = None, vocab_start: Any = None) -> None:  # fmt: skip
-        self.sharded = group is not None
-        if self.sharded and vocab_start is None:
-            vocab_start = first_row(weight, group)
-        weight, bias = self.plain(weight, bias)
-        self.student = Side(*_check.head(name, hidden, weight, bias))
-        hidden, weight, _ = self.student
-        self.shape = hidden.shape[:-1]
-        self.logits = hidden.detach().new_zeros(1).expand(*self.shape, weight.shape[0])  # stands in for checks
-        cap = _check.above("softcap", softcap, 0)
-        (scale,) = _check.reals("logit_scale", (logit_scale,), 1)
-        self.values: dict[str, Any] = {"logit_scale": scale, "softcap": 0.0 if cap in (None, math.inf) else cap}
-        self.chunk_size = None if chunk_size is None else _check.integer("chunk_size", chunk_size, 1)
-        self.other = Other()
-        self.shard = shard_of(group, vocab_start, self.logits)
-        if self.shard is not None:
-            self.values |= {"group": self.shard.group.group_name, "vocab_start": self.shard.start}
-
-    def plain(self, weight: Any, bias: Any) -> tuple[Any, Any]:
-        """DTensors of a head as tensors: gathered, or with a group the local part."""
-        if not self.sharded:
-            return whole(weight), whole(bias)
-        return tuple(x.to_local() if hasattr(x, "to_local") else x for x in (weight, bias))  # type: ignore[return-value]
-
-    def detach(self) -> None:
-        """Let no gradient flow."""
-        hidden, weight, bias = self.student
-        self.student = Side(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
-
-    def set_other(self, name: str, hidden: Any, weight: Any, bias: Any, prefix: str) -> None:
-        """The side that gets no gradient."""
-        student = self.student
-        names = (name, f"{prefix}lm_head_weight", f"{prefix}bias")
-        if weight is None:
-            if bias is not None:
-                raise ValueError(f"{names[2]} needs {names[1]}, got None")
-            hidden, _, _ = _check.head(name, hidden, student.weight.detach(), None)
-        else:
-            weight, bias = self.plain(weight, bias)
-            hidden, weight, bias = _check.head(name, hidden, weight, bias, *names[1:])
-            for each, value in zip(names[1:], (weight, bias), strict=True):
-                if value is not None:
-                    _check.constant(each, value)
-            if weight.shape[0] != student.weight.shape[0]:
-                raise ValueError(f"{names[1]} must have the student's vocabulary, {student.weight.shape[0]}, "
-                                 f"got {weight.shape[0]}")  # fmt: skip
-        _check.constant(name, hidden)
-        _check.same_shape(name, hidden[..., 0], self.shape)
-        _check.same_device(name, hidden, self.logits)
-        self.other = Other(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-
-    def set_temperature(self, temperature: Any, cu_seqlens: Tensor | None) -> None:
-        """One number, or float64 values per token."""
-        temperature = _check.temperature(temperature, self.shape, cu_seqlens, self.logits)
-        number, values = kernel_temperature(temperature, self.shape, cu_seqlens)
-        self.values["temperature"] = number if values is None else at_tokens(values, self.shape).reshape(-1)
-
-    def set_tokens(self, token_ids: Any, mask: Any) -> Tensor:
-        """Which tokens count, from checked ids (or None) and mask."""
-        mask = _check.mask("mask", mask, self.shape, self.logits)
-        temperature = self.values["temperature"]
-        tempered = temperature.reshape(self.shape) if isinstance(temperature, Tensor) else None
-        if token_ids is not None:
-            _check.token_ids("token_ids", token_ids, self.shape, self.logits)
-            keep = kept_tokens(token_ids, mask)
-            if self.shard is None and not torch.compiler.is_compiling():
-                check_values(self.logits, token_ids, keep, tempered)
-            self.values["token_ids"] = token_ids.reshape(-1)
-        else:
-            keep = torch.ones(self.shape, dtype=torch.bool, device=self.logits.device) if mask is None else mask
-            if tempered is not None and not torch.compiler.is_compiling() and _check.values_are_checked(keep):
-                _check.temperature_values(tempered, keep)
-        self.values["mask"] = keep.reshape(-1)
-        return keep
-
-    def set_values(self, **values: Any) -> None:
-        """Further options; tensors are per token."""
-        for name, value in values.items():
-            self.values[name] = value.reshape(-1) if isinstance(value, Tensor) else value
-
-    def run(self, function: str) -> list[Tensor]:
-        """The function's results per token, (...)."""
-        _, results = self._fused(function, None)
-        return results
-
-    def run_loss(self, function: str, keep: Tensor, reduction: str, normalizer: Any,
-                 cu_seqlens: Tensor | None) -> list[Tensor]:  # fmt: skip
-        """The function's results, the first of them, the loss, reduced."""
-        factor = None if reduction == "none" else token_factors(keep, reduction, cu_seqlens).reshape(-1)
-        total, results = self._fused(function, factor)
-        if total is not None:
-            loss = divided(total, keep, reduction, normalizer, cu_seqlens)
-            results[0] = loss.to(results[0].dtype)
-        return results
-
-    def _fused(self, function: str, factor: Tensor | None) -> tuple[Tensor | None, list[Tensor]]:
-        hidden, weight, bias = self.student
-        student = Side(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-        total, results = fused(function, student, self.other, factor, self.values, self.chunk_size)
-        return total, [x.reshape((*self.shape, *x.shape[1:])) for x in results]
 
 
 def linear_token_log_prob(
@@ -190,7 +78,7 @@ def linear_token_log_prob(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
-    call = _Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start)
+    call = Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start)
     cu_seqlens = _check.cu_seqlens(cu_seqlens, call.shape, call.logits)
     call.set_temperature(temperature, cu_seqlens)
     keep = call.set_tokens(token_ids, mask)
@@ -240,7 +128,7 @@ def linear_grpo_loss(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
-    call = _Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start)
+    call = Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start)
     options = dict(
         epsilon_low=epsilon_low,
         epsilon_high=epsilon_high,
@@ -255,27 +143,8 @@ def linear_grpo_loss(
         cu_seqlens=cu_seqlens,
         inplace=False,
     )
-    keep = _set_policy(call, token_ids, advantages, old_log_prob, options)
+    keep = set_policy(call, token_ids, advantages, old_log_prob, options)
     return GRPOOutput(*call.run_loss("grpo_loss", keep, reduction, normalizer, cu_seqlens))
-
-
-def _set_policy(
-    call: _Call, token_ids: Tensor, advantages: Tensor, old_log_prob: Tensor | None, options: dict[str, Any]
-) -> Tensor:
-    """Check and set what GRPO and RLSD share; which tokens count."""
-    check_policy_options("hidden", call.logits, token_ids, old_log_prob, options)
-    cu_seqlens = options["cu_seqlens"]
-    _check.per_sequence("advantages", advantages, call.shape, cu_seqlens, call.logits)
-    call.set_temperature(options["temperature"], cu_seqlens)
-    keep = call.set_tokens(token_ids, options["mask"])
-    call.set_values(
-        advantages=over_tokens(advantages, call.shape, cu_seqlens),
-        old_log_prob=old_log_prob,
-        **{name: options[name] for name in ("epsilon_low", "epsilon_high", "dual_clip", "beta")},
-        reference_log_prob=options["reference_log_prob"],
-        token_weight=options["token_weight"],
-    )
-    return keep
 
 
 def linear_rlsd_loss(
@@ -331,7 +200,7 @@ def linear_rlsd_loss(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
-    call = _Call(
+    call = Call(
         "student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start
     )
     options = dict(
@@ -348,33 +217,11 @@ def linear_rlsd_loss(
         cu_seqlens=cu_seqlens,
         inplace=False,
     )
-    keep = _set_policy(call, token_ids, advantages, old_log_prob, options)
-    _set_evidence(call, teacher, teacher_lm_head_weight, teacher_bias, clip_range, lam, apply_to, pessimistic,
+    keep = set_policy(call, token_ids, advantages, old_log_prob, options)
+    set_evidence(call, teacher, teacher_lm_head_weight, teacher_bias, clip_range, lam, apply_to, pessimistic,
                   credit_mask)  # fmt: skip
     call.set_values(evidence_from=_check.one_of("evidence_from", evidence_from, ("current", "old")))
     return RLSDOutput(*call.run_loss("rlsd_loss", keep, reduction, normalizer, cu_seqlens))
-
-
-def _set_evidence(call: _Call, teacher: Any, weight: Any, bias: Any, clip_range: Any, lam: Any, apply_to: Any,
-                  pessimistic: Any, credit_mask: Any) -> None:  # fmt: skip
-    """Check and set the teacher and how its evidence weighs."""
-    _check.floats("teacher", teacher, call.logits)
-    if teacher.dim() == len(call.shape) + 1:
-        call.set_other("teacher", teacher, weight, bias, "teacher_")
-    elif weight is not None or bias is not None:
-        raise ValueError("teacher_lm_head_weight and teacher_bias need a teacher of hidden states (..., H), "
-                         f"got log-probs of shape {tuple(teacher.shape)}")  # fmt: skip
-    else:
-        _check.same_shape("teacher", teacher, call.shape)
-        call.set_values(teacher=teacher)
-    checked_weighing(clip_range, lam, apply_to, pessimistic)
-    call.set_values(
-        clip_range=_check.clip_range(clip_range),
-        lam=float(lam),
-        apply_to=apply_to,
-        pessimistic=pessimistic,
-        credit_mask=_check.mask("credit_mask", credit_mask, call.shape, call.logits),
-    )
 
 
 def linear_rlsd_token_advantage(
@@ -415,7 +262,7 @@ def linear_rlsd_token_advantage(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
-    call = _Call(
+    call = Call(
         "student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start
     )
     call.detach()
@@ -424,7 +271,7 @@ def linear_rlsd_token_advantage(
     call.set_temperature(temperature, cu_seqlens)
     call.set_tokens(token_ids, mask)
     call.set_values(advantages=over_tokens(advantages, call.shape, cu_seqlens))
-    _set_evidence(call, teacher, teacher_lm_head_weight, teacher_bias, clip_range, lam, apply_to, pessimistic,
+    set_evidence(call, teacher, teacher_lm_head_weight, teacher_bias, clip_range, lam, apply_to, pessimistic,
                   credit_mask)  # fmt: skip
     return RLSDAdvantage(*call.run("rlsd_token_advantage"))
 
@@ -470,7 +317,7 @@ def linear_ssd_loss(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
-    call = _Call(
+    call = Call(
         "student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start
     )
     factors = _check.reals("weights", weights, 3)
@@ -534,7 +381,7 @@ def linear_opsd_loss(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
-    call = _Call(
+    call = Call(
         "student_hidden", student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size, group, vocab_start
     )
     options = dict(
@@ -594,7 +441,7 @@ def linear_truncated_support(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
-    call = _Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
+    call = Call("hidden", hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size)
     call.detach()
     filters = checked_filters(top_k, top_p, min_p, call.logits, call.shard)
     call.set_temperature(temperature, None)

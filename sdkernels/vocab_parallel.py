@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdkernels import _check
+from sdkernels.reference.rows import rounded_up
 from sdkernels.rows.gradient import row_gradient, row_gradient_
 from sdkernels.rows.layout import RowSupport, as_rows, at_tokens
 from sdkernels.rows.masses import row_masses
@@ -38,6 +39,11 @@ class Shard(NamedTuple):
         """Global ids as this shard's, `size` where they are another's, and which are its own."""
         inside = (ids >= self.start) & (ids < self.start + self.size)
         return torch.where(inside, ids - self.start, self.size), inside
+
+    def logits(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """The logits (..., K) of global ids (..., K), float64, NaN where they are another's."""
+        places, inside = self.local(ids)
+        return rows.detach().gather(-1, places.where(inside, 0).long()).double().where(inside, torch.nan)
 
 
 def shard_of(group: Any, vocab_start: Any, logits: Tensor) -> Shard | None:
@@ -66,6 +72,12 @@ def exchange(shard: Shard, columns: Sequence[Tensor]) -> Tensor:
             raise ValueError(f"vocab_start must make shards cover the vocabulary in rank order, got shards of "
                              f"{[int(x) for x in sizes]} tokens from {[int(x) for x in starts]} on")  # fmt: skip
     return received[:, :-2].reshape(-1, *mine.shape).transpose(0, 1).contiguous()
+
+
+def from_owner(received: Tensor) -> Tensor:
+    """What one rank has, from all ranks' (ranks, ...), NaN at the others; NaN if none has it."""
+    known = ~received.isnan()
+    return received.nan_to_num(0, torch.inf, -torch.inf).sum(0).where(known.sum(0) == 1, torch.nan)
 
 
 class _Attached(torch.autograd.Function):
@@ -192,22 +204,15 @@ def _statistics_gradient(places: Tensor, known: tuple[Any, ...], inplace: bool) 
 
 def labels_of(rows: Tensor, ids: Tensor, keep: Tensor, shard: Shard) -> Tensor:
     """The logits (...) of global ids, float64, in one exchange; NaN where no rank has them."""
-    places, inside = shard.local(ids)
-    owned = inside & keep
-    label = rows.detach().gather(-1, places.where(owned, 0).long().unsqueeze(-1)).squeeze(-1).double()
-    labels, owners = exchange(shard, [label.where(owned, 0), owned]).sum(1)
-    check_owned(owners, keep, ids)
-    return labels.masked_fill(owners != 1, torch.nan)
+    return logits_at(rows, ids.unsqueeze(-1), keep, shard).squeeze(-1)
 
 
 def logits_at(rows: Tensor, ids: Tensor, keep: Tensor, shard: Shard) -> Tensor:
     """The logits of global ids (..., K), the last of them a token's own, float64; NaN where no rank has them."""
-    places, inside = shard.local(ids)
-    z = rows.detach().gather(-1, places.where(inside, 0).long()).double().where(inside, torch.nan)
-    *columns, owners = exchange(shard, [*z.unbind(-1), inside[..., -1]])
+    owned = shard.local(ids[..., -1])[1]
+    *columns, owners = exchange(shard, [*shard.logits(rows, ids).unbind(-1), owned])
     check_owned(owners.sum(0), keep, ids[..., -1])
-    received = torch.stack(columns, -1)
-    return received.nan_to_num(0, torch.inf, -torch.inf).sum(0).where((~received.isnan()).sum(0) == 1, torch.nan)
+    return from_owner(torch.stack(columns, -1))
 
 
 def local_lists(found: RowSupport, shard: Shard) -> RowSupport:
@@ -292,10 +297,7 @@ def support(
         needed = (top_p * mass).unsqueeze(-1)
         threshold = _largest(lambda pivots: above(pivots)[1] >= needed, threshold, top, rows.dtype)
     if min_p > 0:
-        peak = top.double() + t * math.log(min_p)
-        rounded = peak.to(dtype)
-        up = rounded.nextafter(torch.full_like(rounded, torch.inf))
-        threshold = threshold.maximum(torch.where(rounded < peak, up, rounded))
+        threshold = threshold.maximum(rounded_up(top.double() + t * math.log(min_p), dtype).to(dtype))
     size, mass, moment = above(threshold.unsqueeze(-1)).squeeze(-1)
     log_sum, entropy = mass.log(), mass.log() - moment / mass
     bad = torch.where(keep & ~valid, torch.nan, 0.0)
@@ -335,12 +337,15 @@ def _largest(holds: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, dtype
 
 def _order_of(x: Tensor) -> Tensor:
     """int64 in the order of floats; -0 and +0 are one."""
-    bits = (x + 0.0).view(torch.int64 if x.dtype == torch.float64 else torch.int32)
-    return (bits ^ ((bits >> 63 if x.dtype == torch.float64 else bits >> 31) & torch.iinfo(bits.dtype).max)).long()
+    return _folded((x + 0.0).view(torch.int64 if x.dtype == torch.float64 else torch.int32)).long()
 
 
 def _float_of(order: Tensor, dtype: torch.dtype) -> Tensor:
     """The float of an order."""
-    integer = torch.int64 if dtype == torch.float64 else torch.int32
-    bits = order.to(integer)
-    return (bits ^ ((bits >> (torch.iinfo(integer).bits - 1)) & torch.iinfo(integer).max)).view(dtype)
+    return _folded(order.to(torch.int64 if dtype == torch.float64 else torch.int32)).view(dtype)
+
+
+def _folded(bits: Tensor) -> Tensor:
+    """All but the sign turned over where it is set: from a float's bits to its order and back."""
+    of = torch.iinfo(bits.dtype)
+    return bits ^ ((bits >> (of.bits - 1)) & of.max)

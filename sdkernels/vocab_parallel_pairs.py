@@ -17,7 +17,7 @@ from sdkernels.rows.pair_gradient import pair_gradient
 from sdkernels.rows.reduced import reduced_rows, top_ids
 from sdkernels.rows.reduced_gradient import reduced_gradient
 from sdkernels.rows.statistics import row_statistics
-from sdkernels.vocab_parallel import Normaliser, Scaling, Shard, attach, exchange, merged, temperature_at
+from sdkernels.vocab_parallel import Normaliser, Scaling, Shard, attach, exchange, from_owner, merged, temperature_at
 
 
 class Sums(NamedTuple):
@@ -57,7 +57,7 @@ def ssd_sums(
         ids, log_q = lists
         live = (ids >= 0) & keep.unsqueeze(-1)
         places, inside = shard.local(ids)
-        z = student.detach().gather(-1, places.where(inside, 0).long()).double().where(inside & live, torch.nan)
+        z = shard.logits(student, ids).where(live, torch.nan)
         m, log_sum, *received = exchange(shard, [*columns, *z.unbind(-1)])
         top, log_sum, _ = merged(m, log_sum, 1.0)
         sums = _listed_sums(torch.stack(received, -1), log_q.double(), live, t)
@@ -112,7 +112,7 @@ def ssd_sums(
 
 def _listed_sums(received: Tensor, log_q: Tensor, live: Tensor, t: Tensor | float) -> Sums:
     """From the listed logits (ranks, ..., K), NaN at all but one rank."""
-    z = received.nan_to_num(0, torch.inf, -torch.inf).sum(0).where((~received.isnan()).sum(0) == 1, torch.nan)
+    z = from_owner(received)
     log_q = log_q.where(live, -torch.inf)
     live = live & (log_q > -torch.inf)
     z = z.where(live, -torch.inf)
@@ -177,8 +177,8 @@ def divergence(
         share = first.log_shares.exp()
         part = torch.where(share > 0, share * (value + first.log_shares - second.log_shares), 0)
         part = part.masked_fill(impossible, torch.inf).masked_fill(nothing, 0)
-        value = part.sum(0) + 0 * (p.log_sum + q.log_sum)
         invalid = 0 * (p.log_sum + q.log_sum)
+        value = part.sum(0) + invalid
         slope = invalid - 1 if name == "forward_kl" else (value + 1).masked_fill(value == torch.inf, torch.nan)
     value, slope = (torch.where(keep, x, 0).contiguous() for x in (value, slope))
 
@@ -210,14 +210,12 @@ def reduced(
     *_, m, log_sum, other_m, other_sum = reduced_rows(rows, teacher, listed, by_teacher, True, keep, *scaling)
     columns = [m, log_sum, other_m, other_sum]
     for side in (rows, teacher):
-        z = side.gather(-1, local.where(inside, 0).long()).double()
-        columns += z.where(inside, 0).unbind(-1)
+        columns += shard.logits(side, ids).unbind(-1)
     received = exchange(shard, columns)
     t = temperature_at(scaling, keep)
     short, results, tails = ids < 0, [], []
     for i, side in enumerate((rows, teacher)):
-        z = received[4 + i * places : 4 + (i + 1) * places].sum(1).movedim(0, -1)
-        z = z.masked_fill(short, -torch.inf)
+        z = from_owner(received[4 + i * places : 4 + (i + 1) * places].movedim(0, -1)).masked_fill(short, -torch.inf)
         tail_m, tail_sum = _merged_tail(received[2 * i], received[2 * i + 1], t)
         results.append(_reduced_row(z, tail_m, tail_sum, t, keep, torch.promote_types(side.dtype, torch.float32)))
         tails.append((tail_m, tail_sum))

@@ -94,7 +94,7 @@ def row_support(
     if min_p > 0.0:
         threshold = threshold.maximum(m + t * math.log(min_p))
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    threshold = _rounded_up(threshold.where(m.isfinite(), torch.nan), dtype)
+    threshold = rounded_up(threshold.where(m.isfinite(), torch.nan), dtype)
     support = ordered >= threshold
     y = ((ordered - m) / t).where(support, -torch.inf)
     log_sum = row_sum(y.exp()).log().where(m.isfinite(), torch.nan)
@@ -138,7 +138,7 @@ def row_masses(
     return results[0].long(), results[1].clone(), results[2].clone()
 
 
-def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The least value of `dtype` that is not below x, as x's dtype."""
     rounded = x.to(dtype)
     return torch.where(rounded < x, rounded.nextafter(torch.full_like(rounded, torch.inf)), rounded).to(x.dtype)
