@@ -272,24 +272,29 @@ def _for_inputs(ctx, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     return (*(None,) * 5, *wanted, *(None,) * (len(ctx.needs_input_grad) - 8))
 
 
+def _remember(ctx, function, layout, chunk_size, dtype, sides) -> None:
+    """What backward needs besides tensors."""
+    ctx.function, ctx.layout, ctx.chunk_size, ctx.dtype = function, layout, chunk_size, dtype
+    ctx.wants = [ctx.needs_input_grad[i] for i in (5, 6, 7)]
+    ctx.dtypes = [None if x is None else x.dtype for x in sides]
+    ctx.set_materialize_grads(False)
+
+
 class _Total(torch.autograd.Function):
     """The sum of factor * loss, and the results as constants. Forward forms the gradients, backward scales them."""
 
     @staticmethod
     def forward(ctx, function, layout, chunk_size, dtype, factor, hidden, weight, bias, *others):
-        wants = [ctx.needs_input_grad[i] for i in (5, 6, 7)]
+        _remember(ctx, function, layout, chunk_size, dtype, (hidden, weight, bias))
         results = FAMILIES[function].results
         upstream = [factor if not i else None for i in range(len(results))]
         *found, on_hidden, on_weight, on_bias = torch.ops.sdkernels.linear_sweep(
-            function, hidden, weight, bias, *others[:3], list(others[4:]), others[3], layout, upstream, wants,
+            function, hidden, weight, bias, *others[:3], list(others[4:]), others[3], layout, upstream, ctx.wants,
             chunk_size, dtype,
         )  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, *others, factor)
-        ctx.function, ctx.layout, ctx.chunk_size, ctx.dtype, ctx.wants = function, layout, chunk_size, dtype, wants
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.formed = (on_hidden, on_weight, on_bias)
         ctx.mark_non_differentiable(*found)
-        ctx.set_materialize_grads(False)
         return (found[0].double() * factor).sum(), *found
 
     @staticmethod
@@ -310,17 +315,14 @@ class _Results(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, function, layout, chunk_size, dtype, known, hidden, weight, bias, *others):
+        _remember(ctx, function, layout, chunk_size, dtype, (hidden, weight, bias))
         results = FAMILIES[function].results
         found = [x.clone() for x in known] if known else torch.ops.sdkernels.linear_sweep(
             function, hidden, weight, bias, *others[:3], list(others[4:]), others[3], layout, [None] * len(results),
             [False] * 3, chunk_size, dtype,
         )[:-3]  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, *others)
-        ctx.function, ctx.layout, ctx.chunk_size, ctx.dtype = function, layout, chunk_size, dtype
-        ctx.wants = [ctx.needs_input_grad[i] for i in (5, 6, 7)]
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(*(x for x, result in zip(found, results, strict=True) if not result.flows))
-        ctx.set_materialize_grads(False)
         return tuple(found)
 
     @staticmethod
