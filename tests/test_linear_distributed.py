@@ -1,13 +1,11 @@
 """linear_* under FSDP2: a step of two processes is a step of one on the mean of their losses."""
 
-import socket
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
 from closeness import epsilon
 from conftest import INTERPRETED
+from ranks import results_of
 from torch import nn
 
 from sdkernels import linear_rlsd_loss, linear_ssd_loss
@@ -73,14 +71,13 @@ def one_process(loss, inside):
 CASES = [(loss, inside) for loss in ("rlsd", "ssd") for inside in (True, False)]
 
 
-def worker(rank, port, queue):
+def work(rank):
+    """The trained parameters of every case, whole."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD,
-                            timeout=timedelta(seconds=60))  # fmt: skip
     mesh = dist.init_device_mesh("cpu", (WORLD,))
+    trained = []
     for loss, inside in CASES:
         model = model_of(loss, inside)
         if inside:
@@ -96,29 +93,23 @@ def worker(rank, port, queue):
             assert isinstance(model.lm_head.weight.grad, DTensor)
             assert model.lm_head.weight.grad.placements == model.lm_head.weight.placements
             optimizer.step()
-        found = {name: value.full_tensor().detach() for name, value in model.named_parameters()}
-        if rank == 0:
-            queue.put({name: value.numpy() for name, value in found.items()})
-    dist.barrier()
-    dist.destroy_process_group()
+        trained.append({name: value.full_tensor().detach() for name, value in model.named_parameters()})
+    return trained
 
 
 @pytest.fixture(scope="module")
 def trained():
-    context = torch.multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    queue = context.SimpleQueue()
-    torch.multiprocessing.spawn(worker, (port, queue), nprocs=WORLD)
-    return {case: queue.get() for case in CASES}
+    first, second = results_of(work, WORLD)
+    for mine, others in zip(first, second, strict=True):
+        assert all(torch.equal(mine[name], others[name]) for name in mine)
+    return dict(zip(CASES, first, strict=True))
 
 
 @pytest.mark.parametrize(("loss", "inside"), CASES)
 def test_two_processes_train_as_one_on_the_mean_of_their_losses(loss, inside, trained):
     before = dict(model_of(loss, inside).named_parameters())
     for name, expected in one_process(loss, inside).items():
-        found = torch.from_numpy(trained[loss, inside][name])
+        found = trained[loss, inside][name]
         moved = (expected - before[name]).abs().max()
         assert moved > 1e-3
         assert (found - expected).abs().max() <= 256 * epsilon(torch.float32) * expected.abs().max(), name

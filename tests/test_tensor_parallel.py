@@ -1,14 +1,11 @@
 """What a sharded vocabulary exchanges and refuses, and a transformers model under tensor parallelism."""
 
-import os
-import socket
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
 from closeness import epsilon
 from conftest import INTERPRETED
+from ranks import results_of
 
 import sdkernels
 from sdkernels import linear_grpo_loss, opsd_decomposition, opsd_loss, rlsd_loss, ssd_loss, token_log_prob
@@ -94,18 +91,13 @@ def step(model, group):
     return output.loss.detach(), *(x.full_tensor() if hasattr(x, "full_tensor") else x for x in grads)
 
 
-def work(rank, world, port, path):
+def work(rank, path):
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}  # fmt: skip
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
     weight = model.lm_head.weight
     assert weight.to_local().shape[0] < weight.shape[0] == HEAD["vocab_size"]
-    torch.save(step(model, weight.device_mesh.get_group()), f"{path}/step{rank}.pt")
-    dist.destroy_process_group()
+    return step(model, weight.device_mesh.get_group())
 
 
 def test_a_tensor_parallel_transformers_model_takes_the_same_step(tmp_path):
@@ -113,13 +105,8 @@ def test_a_tensor_parallel_transformers_model_takes_the_same_step(tmp_path):
     torch.manual_seed(0)
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**HEAD))
     model.save_pretrained(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (2, port, str(tmp_path)), nprocs=2)
     expected = step(model, None)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"step{rank}.pt", weights_only=True)
+    for rank, found in enumerate(results_of(work, 2, str(tmp_path))):
         for name, actual, truth in zip(("loss", "lm_head", "embedding"), found, expected, strict=True):
             assert actual.shape == truth.shape, f"{name} of rank {rank}"
             bound = 64 * epsilon(torch.float32) * truth.norm()  # matmuls in another order

@@ -2,14 +2,13 @@
 
 import functools
 import math
-import socket
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from closeness import EAGER_FACTOR, FLOAT64_BOUND, LOG_PROB_BOUND, ROUNDING, WEIGHT_BOUND
 from conftest import INTERPRETED
+from ranks import results_of
 
 import sdkernels
 
@@ -214,11 +213,8 @@ def check_head(function, problem, columns, sharding):
     return None
 
 
-def work(rank, world, port, path):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
-    )
+def work(rank, world):
+    """Of every case, why this rank's part of it is wrong, or None."""
     columns = slice(*CUTS[world][rank : rank + 2])
     sharding = {"group": dist.group.WORLD, "vocab_start": columns.start}
     verdicts = {}
@@ -228,31 +224,14 @@ def work(rank, world, port, path):
             verdicts[f"{name}, {dtype}"] = check_logits(function, problem, columns, sharding)
     for name, function in heads().items():
         verdicts[f"{name}, {torch.float32}"] = check_head(function, Problem(torch.float32, world), columns, sharding)
-    everyone = [None] * world
-    dist.all_gather_object(everyone, verdicts)
-    if rank == 0:
-        torch.save({name: [each[name] for each in everyone] for name in verdicts}, path)
-    dist.destroy_process_group()
+    return verdicts
 
 
-@functools.cache
-def verdicts_of(world, path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (world, port, path), nprocs=world)
-    return torch.load(path, weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("verdicts")
-
-
+verdicts_of = functools.cache(lambda world: results_of(work, world, world))
 NAMES = [f"{name}, {dtype}" for dtype in DTYPES for name in cases()] + [f"{name}, {torch.float32}" for name in heads()]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world", CUTS)
-def test_shards_give_what_whole_rows_give(world, name, folder):
-    assert verdicts_of(world, str(folder / f"{world}.pt"))[name] == [None] * world
+def test_shards_give_what_whole_rows_give(world, name):
+    assert [verdicts[name] for verdicts in verdicts_of(world)] == [None] * world
