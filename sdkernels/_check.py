@@ -369,8 +369,10 @@ def reduction(value: Any, normalizer: Any, shape: Sequence[int], cu_seqlens: Ten
         raise ValueError(f"normalizer must be finite and > 0, got {normalizer}")
 
 
-def writable_in_place(name: str, value: Tensor) -> None:
-    """Logits whose memory backward may overwrite: adjacent vocabulary, no two tokens sharing memory."""
+def inplace(given: Any, name: str, value: Tensor) -> None:
+    """The option, and with it logits whose memory backward may overwrite: adjacent vocabulary, no tokens that share."""
+    if not flag("inplace", given):
+        return
     if value.stride(-1) != 1 or value.dim() > 4:
         raise ValueError(f"inplace=True needs {name} with an adjacent vocabulary and at most three leading "
                          f"dimensions, got strides {value.stride()}")  # fmt: skip

@@ -53,12 +53,12 @@ def _ssd_loss(logits: Tensor, other: Tensor | None, values: Values, inplace: boo
     if base is None:
         token_ids, log_probs = values.pop("base_ids"), values.pop("base_log_probs")
         base = Support(token_ids, log_probs, (token_ids >= 0).sum(-1), values["temperature"])
-    output = ssd_loss(logits, base, **values, reduction="none")
+    output = ssd_loss(logits, base, **values, reduction="none", inplace=inplace)
     return output.loss, *output.terms
 
 
 def _opsd_loss(logits: Tensor, other: Tensor | None, values: Values, inplace: bool) -> Sequence[Tensor]:
-    return opsd_loss(logits, other, **values, reduction="none")  # type: ignore[arg-type]
+    return opsd_loss(logits, other, **values, reduction="none", inplace=inplace)  # type: ignore[arg-type]
 
 
 def _token_log_prob(logits: Tensor, other: Tensor | None, values: Values, inplace: bool) -> Sequence[Tensor]:

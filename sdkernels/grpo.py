@@ -86,8 +86,7 @@ def check_policy_options(
     if _check.at_least("beta", options["beta"], 0) > 0 and options["reference_log_prob"] is None:
         raise ValueError(f"beta={options['beta']} needs reference_log_prob, got None")
     _check.reduction(options["reduction"], options["normalizer"], shape, cu_seqlens, logits)
-    if _check.flag("inplace", options["inplace"]):
-        _check.writable_in_place(name, logits)
+    _check.inplace(options["inplace"], name, logits)
 
 
 def policy_loss(

@@ -90,6 +90,7 @@ def opsd_loss(
     reduction: str = "token-mean",
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    inplace: bool = False,
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
 ) -> OPSDOutput:
@@ -132,6 +133,8 @@ def opsd_loss(
         normalizer: replaces the token count, the number of sequences, or the 1 of "sum"; under gradient accumulation
             or DDP the global count / world size.
         cu_seqlens: (S + 1,) int32, where packed sequences (N, V) start and end.
+        inplace: backward writes the gradient over the student's logits; a second backward, or another consumer that
+            saved them, then raises. A teacher in the same memory must be the same logits.
         group, vocab_start: as for `grpo_loss`; two exchanges for the JSD, with `token_clip` and with `top_k`.
 
     Returns:
@@ -159,6 +162,7 @@ def opsd_loss(
     )
     _check.logits("student_logits", student_logits)
     _check.same_logits("teacher_logits", teacher_logits, student_logits)
+    _check.inplace(inplace, "student_logits", student_logits)
     places, weight, clip, temperature, mask = check_opsd_options(student_logits, options)
     by_teacher = top_k_from == "teacher"
     shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
@@ -168,19 +172,19 @@ def opsd_loss(
     scaling = kernel_temperature(temperature, shape, cu_seqlens)
     shard = shard_of(group, vocab_start, student_logits)
     if shard is not None and places > 0:
-        student, teacher = pairs.reduced(student, teacher, places, by_teacher, kept_rows, scaling, shard)
+        student, teacher = pairs.reduced(student, teacher, places, by_teacher, kept_rows, scaling, shard, inplace)
     elif 0 < places < vocab:
         ids = top_ids(teacher if by_teacher else student.detach(), kept_rows, places)
-        student, teacher, *_ = reduced_rows(student, teacher, ids, by_teacher, tail, kept_rows, *scaling)
+        student, teacher, *_ = reduced_rows(student, teacher, ids, by_teacher, tail, kept_rows, *scaling, inplace)
     if places > 0 and (shard is not None or places < vocab):
-        scaling, shard = (1.0, None), None  # a row of k + 1 logits, the same on every rank
+        scaling, shard, inplace = (1.0, None), None, False  # a row of k + 1 logits, the same on every rank
         if not tail:
             student, teacher = student[..., :places], teacher[..., :places]
     divide = (divergence, weight, math.inf if clip is None else clip)
     if shard is not None:
-        values = pairs.divergence(student, teacher, kept_rows, scaling, divide, shard)
+        values = pairs.divergence(student, teacher, kept_rows, scaling, divide, shard, inplace)
     else:
-        values, *_ = row_divergence(student, teacher, kept_rows, *scaling, *divide)
+        values, *_ = row_divergence(student, teacher, kept_rows, *scaling, *divide, inplace=inplace)
     values = values.reshape(shape)
     loss = values if token_weight is None else torch.where(keep, values * token_weight, 0)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)

@@ -116,6 +116,7 @@ def ssd_loss(
     reduction: str = "token-mean",
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    inplace: bool = False,
     group: ProcessGroup | None = None,
     vocab_start: int | None = None,
 ) -> SSDOutput:
@@ -137,6 +138,8 @@ def ssd_loss(
         normalizer: replaces the token count, the number of sequences, or the 1 of "sum"; under gradient accumulation
             or DDP the global count / world size.
         cu_seqlens: (S + 1,) int32, where packed sequences (N, V) start and end.
+        inplace: backward writes the gradient over the student's logits; a second backward, or another consumer that
+            saved them, then raises. A base in the same memory must be the same logits.
         group, vocab_start: as for `ssd_decomposition`.
 
     Returns:
@@ -151,8 +154,9 @@ def ssd_loss(
     cu_seqlens = _check.cu_seqlens(cu_seqlens, shape, student_logits)
     token_weight = _check.per_token("token_weight", token_weight, shape, student_logits)
     _check.reduction(reduction, normalizer, shape, cu_seqlens, student_logits)
+    _check.inplace(inplace, "student_logits", student_logits)
     terms, keep = _terms(
-        student_logits, base, temperature, (top_k, top_p, min_p), mask, cu_seqlens, (group, vocab_start)
+        student_logits, base, temperature, (top_k, top_p, min_p), mask, cu_seqlens, (group, vocab_start), inplace
     )
     loss = terms.constant
     for factor, term in zip(factors, terms[:3], strict=True):
@@ -196,6 +200,7 @@ def _terms(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     sharding: tuple[ProcessGroup | None, int | None],
+    inplace: bool = False,
 ) -> tuple[SSDTerms, Tensor]:
     """The terms in float64, and which tokens count."""
     _check.logits("student_logits", student_logits)
@@ -226,9 +231,9 @@ def _terms(
             found = rows_support(base_rows, kept_rows, scaling, filters, LISTED, shard=shard)
             support = (found.threshold, found.size, found.token_ids, found.log_probs)
     if shard is not None:
-        results = pairs.ssd_sums(student, base_rows, kept_rows, scaling, found, lists, shard)
+        results = pairs.ssd_sums(student, base_rows, kept_rows, scaling, found, lists, shard, inplace)
     else:
-        results = pair_statistics(student, base_rows, kept_rows, *scaling, *support)
+        results = pair_statistics(student, base_rows, kept_rows, *scaling, *support, inplace)
     lse, support_lse, tempered_lse, cross, negentropy, size = (x.reshape(shape) for x in results[:6])
     t = _temperature_at_tokens(temperature, shape, cu_seqlens)
     if isinstance(t, Tensor):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdkernels import _check
 from sdkernels.reference.rows import rounded_up
-from sdkernels.rows.gradient import row_gradient, row_gradient_
+from sdkernels.rows.gradient import row_gradient
 from sdkernels.rows.layout import RowSupport, as_rows, at_tokens
 from sdkernels.rows.masses import row_masses
 from sdkernels.rows.statistics import row_statistics
@@ -194,10 +194,7 @@ def _statistics_gradient(places: Tensor, known: tuple[Any, ...], inplace: bool) 
         on_log_prob = torch.zeros_like(entropy) if on_log_prob is None else on_log_prob.to(entropy.dtype).contiguous()
         on_entropy = None if on_entropy is None else on_entropy.to(entropy.dtype).contiguous()
         arguments = (rows, places, None, *scaling, log_prob, entropy, top, log_sum, on_log_prob, on_entropy)
-        if not inplace:
-            return row_gradient(*arguments)
-        row_gradient_(*arguments)
-        return rows.detach()
+        return row_gradient(*arguments, inplace=inplace)
 
     return gradient
 

@@ -43,7 +43,7 @@ def _normalisers(sides: list[Tensor], keep: Tensor, scaling: Scaling) -> list[Te
 
 def ssd_sums(
     student: Tensor, base: Tensor | None, keep: Tensor, scaling: Scaling, found: RowSupport | None,
-    lists: tuple[Tensor, Tensor] | None, shard: Shard,
+    lists: tuple[Tensor, Tensor] | None, shard: Shard, inplace: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The first six results of `pair_statistics` of whole rows, the first four differentiable.
 
@@ -105,7 +105,7 @@ def ssd_sums(
     def gradient(rows: Tensor, *upstream: Tensor | None) -> Tensor:
         zeros = torch.zeros_like(log_sum)
         on = [zeros if x is None else torch.where(keep, x.double(), 0).contiguous() for x in upstream]
-        return pair_gradient(rows, base, *scaling, *arguments, *saved, *on)
+        return pair_gradient(rows, base, *scaling, *arguments, *saved, *on, inplace=inplace)
 
     return (*attach(student, gradient, *four), negentropy, size)
 
@@ -155,8 +155,9 @@ def _merged_sums(
 
 
 def divergence(
-    student: Tensor, teacher: Tensor, keep: Tensor, scaling: Scaling, options: tuple[str, float, float], shard: Shard
-) -> Tensor:
+    student: Tensor, teacher: Tensor, keep: Tensor, scaling: Scaling, options: tuple[str, float, float], shard: Shard,
+    inplace: bool,
+) -> Tensor:  # fmt: skip
     """`row_divergence`'s D of whole rows, differentiable: one exchange for a KL, two for the JSD and with a clip."""
     name, _, clip = options
     t = temperature_at(scaling, keep)
@@ -184,7 +185,7 @@ def divergence(
 
     def gradient(rows: Tensor, upstream: Tensor) -> Tensor:
         on = torch.where(keep, upstream.double(), 0).contiguous()
-        return divergence_gradient(rows, teacher, *scaling, *options, slope, *known, on)
+        return divergence_gradient(rows, teacher, *scaling, *options, slope, *known, on, inplace=inplace)
 
     return attach(student, gradient, value)[0]
 
@@ -197,8 +198,9 @@ def _known(p: Normaliser, q: Normaliser, keep: Tensor, student: Tensor, teacher:
 
 
 def reduced(
-    student: Tensor, teacher: Tensor, places: int, by_teacher: bool, keep: Tensor, scaling: Scaling, shard: Shard
-) -> tuple[Tensor, Tensor]:
+    student: Tensor, teacher: Tensor, places: int, by_teacher: bool, keep: Tensor, scaling: Scaling, shard: Shard,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Whole rows reduced to the `places` most probable tokens and a tail, as `reduced_rows`, in two exchanges."""
     rows = student.detach()
     chooser = teacher if by_teacher else rows
@@ -225,7 +227,7 @@ def reduced(
     def gradient(rows: Tensor, upstream: Tensor) -> Tensor:
         upstream = torch.where(keep.unsqueeze(-1), upstream, 0)
         mine = torch.cat((upstream[..., :-1].gather(-1, order), upstream[..., -1:]), -1)
-        return reduced_gradient(rows, listed, *scaling, tail_m, tail_sum, mine.contiguous())
+        return reduced_gradient(rows, listed, *scaling, tail_m, tail_sum, mine.contiguous(), inplace=inplace)
 
     return attach(student, gradient, results[0])[0], results[1]
 

@@ -10,6 +10,10 @@ from supports import name
 
 from sdkernels import (
     grpo_loss,
+    linear_grpo_loss,
+    linear_opsd_loss,
+    linear_rlsd_loss,
+    linear_ssd_loss,
     opsd_decomposition,
     opsd_loss,
     rlsd_loss,
@@ -133,28 +137,80 @@ def test_truncated_support_allocates_nothing_large_and_log_softmax_its_result(dt
         assert allocated == [logits.numel() * logits.element_size()]
 
 
+IN_PLACE = {
+    **{name: LOSSES[name] for name in ("grpo_loss", "rlsd_loss")},
+    "ssd_loss": lambda x, y, i, a, **o: ssd_loss(x, y, 0.9, **o).loss,
+    "ssd_loss, lists": lambda x, y, i, a, **o: ssd_loss(x, y, 0.9, **LISTS, **o).loss,
+    "ssd_loss, thresholds": lambda x, y, i, a, **o: ssd_loss(x, y, 0.9, **THRESHOLDS, **o).loss,
+    "ssd_loss, a long Support": lambda x, y, i, a, **o: (
+        ssd_loss(x, truncated_support(y, 0.9, top_k=700, max_size=700), 0.9, **o).loss
+    ),
+    **{
+        f"opsd_loss, {name(options)}": lambda x, y, i, a, options=options, **o: opsd_loss(x, y, **options, **o).loss
+        for options in opsd_oracles.SOME
+    },
+}
+
+
 @pytest.mark.parametrize("dtype", nasty.DTYPES[:3])
-@pytest.mark.parametrize("name", ["grpo_loss", "rlsd_loss"])
+@pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place_backward_allocates_nothing_large(name, dtype):
     arguments = problem(dtype)
-    LOSSES[name](*arguments, inplace=True)
-    allocated, loss = large_allocations(lambda: LOSSES[name](*arguments, inplace=True))
+    IN_PLACE[name](*arguments, inplace=True)
+    allocated, loss = large_allocations(lambda: IN_PLACE[name](*arguments, inplace=True))
     assert allocated == []
     allocated, _ = large_allocations(loss.backward)
     assert allocated == []
     assert arguments[0].grad.data_ptr() == arguments[0].data_ptr()
 
 
+LINEAR = {  # with how many sides' logits they make
+    "linear_grpo_loss": (1, lambda x, y, w, i, a, **o: linear_grpo_loss(x, w, i, a, **o).loss),
+    "linear_rlsd_loss": (2, lambda x, y, w, i, a, **o: linear_rlsd_loss(x, y, w, i, a, **o).loss),
+    "linear_ssd_loss": (2, lambda x, y, w, i, a, **o: linear_ssd_loss(x, y, w, 0.9, **o).loss),
+    "linear_ssd_loss, lists": (2, lambda x, y, w, i, a, **o: linear_ssd_loss(x, y, w, 0.9, **LISTS, **o).loss),
+    **{
+        f"linear_opsd_loss, {name(options)}": (
+            2, lambda x, y, w, i, a, options=options, **o: linear_opsd_loss(x, y, w, **options, **o).loss
+        )
+        for options in opsd_oracles.SOME
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_loss_allocates_the_weight_s_gradient_and_a_chunk_of_logits(name, frozen):
+    tokens, chunk = 8, 4
+    sides, loss = LINEAR[name]
+    hidden, other = torch.randn(2, tokens, 8)
+    weight = torch.randn(V, 8, requires_grad=not frozen)
+    arguments = (hidden.requires_grad_(), other, weight, torch.randint(V, (tokens,)), torch.randn(tokens))
+    loss(*arguments, chunk_size=chunk)
+    allocated, _ = large_allocations(lambda: loss(*arguments, chunk_size=chunk))
+    assert allocated == [weight.numel() * 4] * (not frozen) + [sides * chunk * V * 4]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "time_major", "padded_vocabulary", "misaligned", "every_other_token"])
 @pytest.mark.parametrize("dtype", nasty.DTYPES)
-@pytest.mark.parametrize("name", ["grpo_loss", "rlsd_loss"])
+@pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place_writes_the_same_gradient_over_the_logits(name, dtype, layout, device):
     arguments = problem(dtype, device, layout)
-    (expected,) = torch.autograd.grad(LOSSES[name](*arguments), arguments[0])
-    (gradient,) = torch.autograd.grad(LOSSES[name](*arguments, inplace=True), arguments[0])
+    (expected,) = torch.autograd.grad(IN_PLACE[name](*arguments), arguments[0])
+    (gradient,) = torch.autograd.grad(IN_PLACE[name](*arguments, inplace=True), arguments[0])
     assert_same_bits(gradient, expected)
     assert_same_bits(arguments[0].detach(), expected)
     assert gradient.data_ptr() == arguments[0].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", nasty.DTYPES)
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_may_overwrite_a_teacher_that_is_the_student(name, dtype, device):
+    student, _, *others = problem(dtype, device)
+    (expected,) = torch.autograd.grad(IN_PLACE[name](student, student.detach().clone(), *others), student)
+    loss = IN_PLACE[name](student, student.detach(), *others, inplace=True)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert_same_bits(gradient, expected)
 
 
 def test_in_place_leaves_what_lies_around_a_view_alone(device):

@@ -48,8 +48,8 @@ def test_row_gradients_pass_opcheck(device):
     statistics = torch.ops.sdkernels.row_statistics(student, token_ids, mask, 0.7, None, False)
     upstream = torch.randn(2, B, T, device=device)
     arguments = (student, token_ids, mask, 0.7, None, *statistics, *upstream)
-    torch.library.opcheck(torch.ops.sdkernels.row_gradient.default, arguments)
-    torch.library.opcheck(torch.ops.sdkernels.row_gradient_.default, arguments)
+    for operator in (torch.ops.sdkernels.row_gradient, torch.ops.sdkernels.row_gradient_):
+        torch.library.opcheck(operator.default, arguments)
 
 
 def test_rlsd_token_advantage_passes_opcheck(device):
@@ -123,7 +123,8 @@ def test_pair_operators_pass_opcheck(way, device):
         statistics = torch.ops.sdkernels.pair_statistics(student, logits, *shared)
         upstream = torch.randn(4, B, T, dtype=torch.float64, device=device) * mask
         arguments = (student, logits, *shared[1:], *statistics, *upstream)
-        torch.library.opcheck(torch.ops.sdkernels.pair_gradient.default, arguments)
+        for operator in (torch.ops.sdkernels.pair_gradient, torch.ops.sdkernels.pair_gradient_):
+            torch.library.opcheck(operator.default, arguments)
 
 
 def test_gradcheck_of_token_log_prob(device):

@@ -77,6 +77,9 @@ LOSS = [
     (ValueError, "top_k_from must be one of 'student', 'teacher', got 'both'", {"top_k_from": "both"}),
     (TypeError, "tail must be a bool, got int", {"top_k": 2, "tail": 1}),
     (TypeError, "tail must be a bool, got NoneType", {"tail": None}),
+    (TypeError, "inplace must be a bool, got int", {"inplace": 1}),
+    (ValueError, "inplace=True needs student_logits whose tokens do not overlap",
+     {"inplace": True, "student_logits": torch.randn(1, T, V).expand(B, T, V)}),
     # the reduction
     (ValueError, "reduction must be one of 'token-mean', .* got 'mean'", {"reduction": "mean"}),
     (ValueError, "reduction must be one of 'token-mean', .* got 'batchmean'", {"reduction": "batchmean"}),

@@ -37,8 +37,8 @@ def test_row_divergence_and_its_gradient_pass_opcheck(clip, divergence, device):
         student = student.detach()
         _, *statistics = OPS.row_divergence(student, *given[1:])
         upstream = torch.randn(B, T, dtype=torch.float64, device=device) * mask
-        torch.library.opcheck(OPS.divergence_gradient.default,
-                              (student, given[1], *scaling, *options, *statistics, upstream))  # fmt: skip
+        for operator in (OPS.divergence_gradient, OPS.divergence_gradient_):
+            torch.library.opcheck(operator.default, (student, given[1], *scaling, *options, *statistics, upstream))
         torch.library.opcheck(OPS.row_divergence.default, (student.requires_grad_(), *given[1:], *statistics[1:]))
 
 
@@ -55,7 +55,8 @@ def test_reduced_rows_and_their_gradient_pass_opcheck(layout, by_teacher, tail, 
         plain = student.detach()
         _, _, *sums = OPS.reduced_rows(plain, *arguments)[:4]
         upstream = torch.randn(B, T, places + 1, device=device)
-        torch.library.opcheck(OPS.reduced_gradient.default, (plain, ids, *scaling, *sums, upstream))
+        for operator in (OPS.reduced_gradient, OPS.reduced_gradient_):
+            torch.library.opcheck(operator.default, (plain, ids, *scaling, *sums, upstream))
 
 
 @pytest.mark.parametrize("samples", [1, 3])

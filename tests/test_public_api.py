@@ -35,11 +35,11 @@ SIGNATURES = {
     "ssd_decomposition": "(student_logits, base, temperature, *, top_k=None, top_p=None, min_p=None, mask=None, "
     "group=None, vocab_start=None)",
     "ssd_loss": "(student_logits, base, temperature, *, top_k=None, top_p=None, min_p=None, weights=(1.0, 1.0, 1.0), "
-    "mask=None, token_weight=None, reduction='token-mean', normalizer=None, cu_seqlens=None, group=None, "
-    "vocab_start=None)",
+    "mask=None, token_weight=None, reduction='token-mean', normalizer=None, cu_seqlens=None, inplace=False, "
+    "group=None, vocab_start=None)",
     "opsd_loss": "(student_logits, teacher_logits, *, divergence='forward_kl', beta=0.5, temperature=1.0, top_k=None, "
     "top_k_from='student', tail=True, token_clip=None, mask=None, token_weight=None, reduction='token-mean', "
-    "normalizer=None, cu_seqlens=None, group=None, vocab_start=None)",
+    "normalizer=None, cu_seqlens=None, inplace=False, group=None, vocab_start=None)",
     "opsd_decomposition": "(student_logits, teacher_logits, *, temperature=1.0, mask=None, group=None, "
     "vocab_start=None)",
     "linear_token_log_prob": "(hidden, lm_head_weight, token_ids, temperature=1.0, *, top_k=None, top_p=None, "

@@ -197,6 +197,12 @@ def test_ssd_loss_names_what_is_wrong_with_its_own_options():
         (ValueError, "weights must be 3 finite numbers", {"weights": (1, 1, math.nan)}),
         (ValueError, "token_weight " + SHAPE_BT, {"token_weight": per_token(T, B)}),
         (ValueError, "token_weight requires grad", {"token_weight": per_token(requires_grad=True)}),
+        (TypeError, "inplace must be a bool, got int", {"inplace": 1}),
+        (
+            ValueError,
+            "inplace=True needs student_logits whose tokens do not overlap",
+            {"inplace": True, "student_logits": torch.randn(1, T, V).expand(B, T, V)},
+        ),
         (ValueError, "reduction must be one of", {"reduction": "mean"}),
         (ValueError, "normalizer has nothing to divide", {"reduction": "none", "normalizer": 3}),
         (ValueError, "normalizer must be finite and > 0", {"normalizer": 0}),

@@ -35,6 +35,7 @@ DIVERGENCES = {
     "renormalised": {"top_k": 9, "tail": False},
     "all of top_k": {"top_k": V + 3},
 }
+IN_PLACE = ("grpo_loss", "rlsd_loss", "ssd_loss", "ssd_loss, top_k", "opsd_loss, forward KL", "opsd_loss, top_k")
 RATIOS = {"weight", "advantage", "ratio", "loss", "cross_entropy", "total"}  # or sums of many terms: relative
 
 
@@ -100,6 +101,9 @@ def cases():
         found[f"opsd_loss, {name}"] = lambda p, x, y, g, o=options: f.opsd_loss(
             x, y, temperature=p.temperature, **o, **p.tokens, **g
         )
+    for name, function in list(found.items()):
+        if name in IN_PLACE:
+            found[f"{name}, in place"] = lambda p, x, y, g, f=function: f(p, x, y, g | {"inplace": True})
     found["opsd_decomposition"] = lambda p, x, y, g: f.opsd_decomposition(
         x, torch.stack([y, y.flip(1) * 0.5, -y]), **p.tokens, **g
     )
@@ -167,7 +171,7 @@ def gradients_too_far(actual, plain, truth):
     return None if ((error <= allowed) | same).all() else f"gradient is off by {error[~same].max().item():.3g}"
 
 
-def check_logits(function, problem, columns, sharding):
+def check_logits(function, problem, columns, sharding, inplace):
     """Why a function on a shard of the logits is not the one on whole rows, in words."""
     found = []
     for dtype, sides in ((None, 1), (torch.float64, 0)):
@@ -187,6 +191,8 @@ def check_logits(function, problem, columns, sharding):
     if isinstance(sums[0], float):
         return None
     grads = [torch.autograd.grad(total, x)[0] for total, x in zip(sums, (plain_leaf, truth_leaf, leaf), strict=True)]
+    if (grads[2].data_ptr() == leaf.data_ptr()) != inplace:
+        return "the gradient should be in place" if inplace else "the gradient should not be in place"
     return gradients_too_far(grads[2], grads[0][..., columns], grads[1][..., columns])
 
 
@@ -221,7 +227,7 @@ def work(rank, world):
     for dtype in DTYPES:
         problem = Problem(dtype, world)
         for name, function in cases().items():
-            verdicts[f"{name}, {dtype}"] = check_logits(function, problem, columns, sharding)
+            verdicts[f"{name}, {dtype}"] = check_logits(function, problem, columns, sharding, "in place" in name)
     for name, function in heads().items():
         verdicts[f"{name}, {torch.float32}"] = check_head(function, Problem(torch.float32, world), columns, sharding)
     return verdicts

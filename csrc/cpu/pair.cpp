@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "blocks.h"
 
@@ -88,19 +89,25 @@ void set_zero(int64_t row, const PairResults& results) {
 
 void listed_gradient(const Kernels& kernels, const RowView& student, const Pair& pair, const PairCoefficients& c,
                      const RowView& grad, int64_t row) {
+  const int64_t begin = row * pair.capacity;
+  std::vector<double> logits(pair.capacity);  // which the gradient may be written over
+  for (int64_t i = 0; i < pair.capacity; ++i) {
+    const int64_t id = pair.token_ids[begin + i];
+    if (0 <= id && id < student.vocab) logits[i] = element(student, row, id);
+  }
   if (c.on_p == 0.0f && c.log2_sum == c.log2_sum)
     std::memset(grad.at(row, 0), 0, grad.vocab * grad.element_size());
   else
     kernels.rows[student.dtype].gradient(student.at(row, 0), grad.at(row, 0), student.vocab,
                                          {c.max, c.scales.student, c.log2_sum, c.on_p, 0.0f});
-  for (int64_t i = row * pair.capacity; i < (row + 1) * pair.capacity; ++i) {
-    const int64_t id = pair.token_ids[i];
-    if (!is_listed(pair, i) || id >= student.vocab) continue;
-    const double z = element(student, row, id), centred = z - c.support_max;
+  for (int64_t i = 0; i < pair.capacity; ++i) {
+    const int64_t id = pair.token_ids[begin + i];
+    if (!is_listed(pair, begin + i) || id >= student.vocab) continue;
+    const double z = logits[i], centred = z - c.support_max;
     const double g = c.on_p * std::exp2((z - c.max) * c.scales.student - c.log2_sum) +
                      c.on_support_p * std::exp2(centred * c.scales.student - c.support_log2_sum) +
                      c.on_tempered_p * std::exp2(centred * c.scales.tempered - c.tempered_log2_sum) +
-                     c.on_q * std::exp(pair.log_probs[i]);
+                     c.on_q * std::exp(pair.log_probs[begin + i]);
     set_element(grad, row, id, static_cast<float>(g));
   }
 }

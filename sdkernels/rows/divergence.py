@@ -220,6 +220,7 @@ def row_divergence(
     teacher_log_sum: Tensor | None = None,
     max: Tensor | None = None,
     teacher_max: Tensor | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """D = sum_v min(l_v, token_clip) of the rows' softmax at T, each (...), and what its gradient needs.
 
@@ -233,7 +234,7 @@ def row_divergence(
     constants to D's gradient: that of the whole row's D is ``divergence_gradient``'s, with the sum of the parts' G.
 
     ``student`` and ``teacher`` (..., V) are what ``layout.as_rows`` returns; ``token_clip`` is inf for none.
-    Masked rows hold zeros.
+    Masked rows hold zeros. ``inplace`` is for backward: it lets the gradient take the student's memory.
     """
     layout.check_temperatures(temperatures, mask, student)
     arguments = (student, teacher, mask, temperature, temperatures, divergence, beta, token_clip)
@@ -266,7 +267,7 @@ def _(student, teacher, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, mask, ctx.temperature, temperatures, *options = inputs
+    student, teacher, mask, ctx.temperature, temperatures, *options, ctx.inplace = inputs
     ctx.options, ctx.known = options[:3], options[3] is not None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -275,7 +276,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, upstream, *_):
     if upstream is None:
-        return (None,) * 12
+        return (None,) * 13
     student, teacher, mask, temperatures, slope, *statistics = ctx.saved_tensors
     if ctx.known:
         slope = 0 * slope  # the normalisers are constants; NaN stays
@@ -283,8 +284,8 @@ def _backward(ctx, upstream, *_):
     if mask is not None:
         upstream = torch.where(mask, upstream, 0)
     arguments = (student, teacher, ctx.temperature, temperatures, *ctx.options)
-    grad = divergence_gradient(*arguments, slope, *statistics, upstream)
-    return grad, *(None,) * 11
+    grad = divergence_gradient(*arguments, slope, *statistics, upstream, inplace=ctx.inplace)
+    return grad, *(None,) * 12
 
 
 row_divergence.register_autograd(_backward, setup_context=_setup_context)

@@ -11,6 +11,7 @@ from sdkernels.reference import divergences as reference
 from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_csrc, runs_triton, serves_both
+from sdkernels.rows.written import gradient_operators
 
 
 @jit
@@ -33,7 +34,7 @@ def _write_block(student_row, teacher_row, grad_row, columns, vocab, flows, row,
 def _divergence_gradient_kernel(
     student_ptr,  # (N, V) through sizes and strides
     teacher_ptr,  # (N, V) through sizes and teacher_strides
-    grad_ptr,  # (N, V) through sizes and grad_strides
+    grad_ptr,  # (N, V) through sizes and grad_strides; may be student_ptr
     temperatures_ptr,  # (N / span,) or None
     statistics,  # results of row_divergence but the first, (N,)
     upstream_ptr,  # (N,) float64
@@ -115,8 +116,9 @@ def _launch(student, teacher, temperature, temperatures, options, statistics, up
         )
 
 
-@torch.library.custom_op("sdkernels::divergence_gradient", mutates_args=())
+@gradient_operators
 def divergence_gradient(
+    grad: Tensor,
     student: Tensor,
     teacher: Tensor,
     temperature: float,
@@ -130,7 +132,7 @@ def divergence_gradient(
     max: Tensor,
     teacher_max: Tensor,
     upstream: Tensor,
-) -> Tensor:
+) -> None:
     """upstream (g - slope P_S) / T, (..., V) in the student's dtype; the arguments are ``row_divergence``'s.
 
     Then come its results but the first, or those of whole rows of which these are a part, and the first one's upstream
@@ -140,18 +142,9 @@ def divergence_gradient(
     options = (divergence, beta, token_clip)
     statistics = (slope, log_sum, teacher_log_sum, max, teacher_max)
     arguments = (student, teacher, temperature, temperatures)
-    grad = layout.empty_rows(student)
-    if student.shape[:-1].numel() == 0:
-        return grad
     if serves_both(runs_triton, student, teacher):
         _launch(*arguments, options, statistics, upstream, grad)
     elif serves_both(runs_csrc, student, teacher):
         torch.ops.sdkernels_cpu.divergence_gradient(*arguments, *options, *statistics, upstream, grad)
     else:
         grad.copy_(reference.divergence_gradient(*arguments, *options, *statistics, upstream))
-    return grad
-
-
-@divergence_gradient.register_fake
-def _(student, *arguments):
-    return layout.empty_rows(student)

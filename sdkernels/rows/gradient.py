@@ -9,6 +9,7 @@ from sdkernels.reference import rows as reference
 from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_csrc, runs_triton
+from sdkernels.rows.written import gradient_operators
 
 
 @jit
@@ -115,68 +116,9 @@ def _launch(logits: Tensor, grad: Tensor, token_ids: Tensor, mask: Tensor | None
         )
 
 
-def _fill(logits: Tensor, grad: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float,
-          temperatures: Tensor | None, *per_token: Tensor | None) -> None:  # fmt: skip
-    """Write the gradient of `logits` over `grad`, which may be the logits themselves."""
-    if token_ids.numel() == 0:
-        return
-    if runs_triton(logits):
-        _launch(logits, grad, token_ids, mask, temperature, temperatures, per_token)
-    elif runs_csrc(logits):
-        torch.ops.sdkernels_cpu.row_gradient(
-            logits, token_ids.long(), mask, temperature, temperatures, *per_token, grad
-        )
-    else:
-        grad.copy_(reference.row_gradient(logits, token_ids, mask, temperature, temperatures, *per_token))
-
-
-@torch.library.custom_op("sdkernels::row_gradient", mutates_args=())
+@gradient_operators
 def row_gradient(
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    log_prob: Tensor,
-    entropy: Tensor,
-    max: Tensor,
-    log_sum: Tensor,
-    grad_log_prob: Tensor,
-    grad_entropy: Tensor | None,
-) -> Tensor:
-    """The logits' gradient, (..., V) in their dtype, of sum_t a_t log P(token_t) + b_t H_t.
-
-    a = ``grad_log_prob`` and b = ``grad_entropy`` are the upstream gradients (...); the four statistics are
-    ``row_statistics``', or those of whole rows of which these are a part. Each row's gradient is
-    (a (onehot - p) - b p (log p + H)) / T, formed in float32 and rounded once; onehot is 0 where the id is outside
-    [0, V). It is NaN where the log sum is not finite. Masked rows and those of id -100 are 0 and not read; a row whose
-    coefficients are 0 is not read either.
-    """
-    grad = layout.empty_rows(logits)
-    _fill(
-        logits,
-        grad,
-        token_ids,
-        mask,
-        temperature,
-        temperatures,
-        log_prob,
-        entropy,
-        max,
-        log_sum,
-        grad_log_prob,
-        grad_entropy,
-    )
-    return grad
-
-
-@row_gradient.register_fake
-def _(logits, *arguments):
-    return layout.empty_rows(logits)
-
-
-@torch.library.custom_op("sdkernels::row_gradient_", mutates_args=("logits",))
-def row_gradient_(
+    grad: Tensor,
     logits: Tensor,
     token_ids: Tensor,
     mask: Tensor | None,
@@ -189,23 +131,20 @@ def row_gradient_(
     grad_log_prob: Tensor,
     grad_entropy: Tensor | None,
 ) -> None:
-    """``row_gradient`` written over the logits' own memory."""
-    _fill(
-        logits,
-        logits,
-        token_ids,
-        mask,
-        temperature,
-        temperatures,
-        log_prob,
-        entropy,
-        max,
-        log_sum,
-        grad_log_prob,
-        grad_entropy,
-    )
+    """The logits' gradient, (..., V) in their dtype, of sum_t a_t log P(token_t) + b_t H_t.
 
-
-@row_gradient_.register_fake
-def _(logits, *arguments):
-    return None
+    a = ``grad_log_prob`` and b = ``grad_entropy`` are the upstream gradients (...); the four statistics are
+    ``row_statistics``', or those of whole rows of which these are a part. Each row's gradient is
+    (a (onehot - p) - b p (log p + H)) / T, formed in float32 and rounded once; onehot is 0 where the id is outside
+    [0, V). It is NaN where the log sum is not finite. Masked rows and those of id -100 are 0 and not read; a row whose
+    coefficients are 0 is not read either.
+    """
+    per_token = (log_prob, entropy, max, log_sum, grad_log_prob, grad_entropy)
+    if runs_triton(logits):
+        _launch(logits, grad, token_ids, mask, temperature, temperatures, per_token)
+    elif runs_csrc(logits):
+        torch.ops.sdkernels_cpu.row_gradient(
+            logits, token_ids.long(), mask, temperature, temperatures, *per_token, grad
+        )
+    else:
+        grad.copy_(reference.row_gradient(logits, token_ids, mask, temperature, temperatures, *per_token))

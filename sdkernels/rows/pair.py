@@ -222,6 +222,7 @@ def pair_statistics(
     size: Tensor | None,
     token_ids: Tensor | None,
     log_probs: Tensor | None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What SSD asks of the student's logits z and of q = softmax(b / T) on S, each (...).
 
@@ -232,6 +233,7 @@ def pair_statistics(
     ``student`` and ``base`` (..., V) are what ``layout.as_rows`` returns. S and q come from ``token_ids`` and
     ``log_probs`` (..., C), -1 for none, in rows whose ``size`` is at most C; there the base is not read and may be
     None. In other rows S is {b >= threshold}; without lists and thresholds it is {b > -inf}.
+    ``inplace`` is for backward: it lets the gradient take the student's memory.
     """
     layout.check_temperatures(temperatures, mask, student)
     arguments = (student, base, mask, temperature, temperatures, threshold, size, token_ids, log_probs)
@@ -263,7 +265,7 @@ def _(student, base, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    student, base, mask, ctx.temperature, *tensors = inputs
+    student, base, mask, ctx.temperature, *tensors, ctx.inplace = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[4:])
     ctx.save_for_backward(mask, student, base, *tensors, *output)
@@ -275,8 +277,8 @@ def _backward(ctx, *upstream):
     upstream = [zeros if x is None else x.double().contiguous() for x in upstream[:4]]
     if mask is not None:
         upstream = [torch.where(mask, x, 0) for x in upstream]
-    grad = pair_gradient(student, base, ctx.temperature, *tensors, *upstream)
-    return grad, *(None,) * 8
+    grad = pair_gradient(student, base, ctx.temperature, *tensors, *upstream, inplace=ctx.inplace)
+    return grad, *(None,) * 9
 
 
 pair_statistics.register_autograd(_backward, setup_context=_setup_context)

@@ -9,6 +9,7 @@ from sdkernels.reference import rows as reference
 from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl, triton
 from sdkernels.rows.implementations import runs_csrc, runs_triton, serves_both
+from sdkernels.rows.written import gradient_operators
 
 LIST_LANES = 256  # entries of a list at a time, at most
 
@@ -83,9 +84,9 @@ def _write_block(row_ptr, base_row, grad_row, columns, vocab, base, flows, coeff
 def _pair_gradient_kernel(
     student_ptr,  # (N, V) through sizes and strides
     base_ptr,  # (N, V) through sizes and base_strides, or None
-    grad_ptr,  # (N, V) through sizes and grad_strides
+    grad_ptr,  # (N, V) through sizes and grad_strides; may be student_ptr
     temperatures_ptr,  # (N / span,) or None
-    support,  # threshold and size (N,), token ids and log-probs (N, capacity); None for what is absent
+    support,  # threshold and size (N,), token ids, log-probs and logits (N, capacity); None for what is absent
     statistics,  # the results of pair_statistics, (N,)
     upstream,  # of the first four of them, (N,) float64
     size1,
@@ -107,7 +108,7 @@ def _pair_gradient_kernel(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    threshold_ptr, size_ptr, ids_ptr, log_probs_ptr = support
+    threshold_ptr, size_ptr, ids_ptr, log_probs_ptr, listed_ptr = support
     row, start, columns = device.program_block(vocab, BLOCK)
     row_ptr = student_ptr + device.row_offset(row, size1, size2, stride0, stride1, stride2, ALIGN)
     grad_row = grad_ptr + device.row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2, ALIGN)
@@ -136,7 +137,7 @@ def _pair_gradient_kernel(
                 place = row.to(tl.int64) * capacity + first + lanes
                 ids = tl.load(ids_ptr + place, mask=first + lanes < capacity, other=-1)
                 here = (ids >= start) & (ids < start + BLOCK) & (ids < vocab)
-                z = tl.load(row_ptr + ids, mask=here, other=0.0).to(tl.float32)
+                z = tl.load(listed_ptr + place, mask=here, other=0.0).to(tl.float32)
                 log2_q = tl.load(log_probs_ptr + place, mask=here, other=float("-inf")) * device.LOG2E
                 here = here & (log2_q != float("-inf"))
                 g = _gradient_on_row(z, coefficients) + _gradient_on_support(z, log2_q, coefficients)
@@ -146,7 +147,10 @@ def _pair_gradient_kernel(
 def _launch(student, base, temperature, temperatures, support, statistics, upstream, grad) -> None:
     rows, vocab = statistics[0].numel(), student.shape[-1]
     align = layout.alignment(student, grad) if base is None else layout.alignment(student, grad, base)
-    capacity = 0 if support[2] is None else support[2].shape[-1]
+    ids, capacity, listed = support[2], 0, None
+    if ids is not None:
+        capacity = ids.shape[-1]
+        listed = student.gather(-1, ids.clamp(0, vocab - 1).long())  # before a gradient is written over them
     options = layout.block_options(student)
     with layout.on_device(student):
         _pair_gradient_kernel[(rows * -(-vocab // options["BLOCK"]),)](
@@ -154,7 +158,7 @@ def _launch(student, base, temperature, temperatures, support, statistics, upstr
             base,
             grad,
             temperatures,
-            support,
+            (*support, listed),
             statistics,
             upstream,
             *layout.kernel_sizes(student),
@@ -171,8 +175,9 @@ def _launch(student, base, temperature, temperatures, support, statistics, upstr
         )
 
 
-@torch.library.custom_op("sdkernels::pair_gradient", mutates_args=())
+@gradient_operators
 def pair_gradient(
+    grad: Tensor,
     student: Tensor,
     base: Tensor | None,
     temperature: float,
@@ -196,7 +201,7 @@ def pair_gradient(
     on_support_lse: Tensor,
     on_tempered_lse: Tensor,
     on_cross: Tensor,
-) -> Tensor:
+) -> None:
     """The student's gradient, (..., V) in its dtype: on_lse p + on_support_lse p_S + on_tempered_lse p_ST + on_cross q.
 
     The arguments are ``pair_statistics``', then its results, then the upstream gradients of the first four, float64.
@@ -217,21 +222,10 @@ def pair_gradient(
     )
     upstream = (on_lse, on_support_lse, on_tempered_lse, on_cross)
     support = (threshold, size, token_ids, log_probs)
-    by_triton = serves_both(runs_triton, student, base)
-    if not (by_triton or serves_both(runs_csrc, student, base)):
-        return reference.pair_gradient(student, base, temperature, temperatures, *support, statistics, upstream)
-    grad = layout.empty_rows(student)
-    if student.shape[:-1].numel() == 0:
-        return grad
-    if by_triton:
-        _launch(student, base, temperature, temperatures, support, statistics, upstream, grad)
+    arguments = (student, base, temperature, temperatures)
+    if serves_both(runs_triton, student, base):
+        _launch(*arguments, support, statistics, upstream, grad)
+    elif serves_both(runs_csrc, student, base):
+        torch.ops.sdkernels_cpu.pair_gradient(*arguments, *support, *statistics, *upstream, grad)
     else:
-        torch.ops.sdkernels_cpu.pair_gradient(
-            student, base, temperature, temperatures, *support, *statistics, *upstream, grad
-        )
-    return grad
-
-
-@pair_gradient.register_fake
-def _(student, *arguments):
-    return layout.empty_rows(student)
+        grad.copy_(reference.pair_gradient(*arguments, *support, statistics, upstream))

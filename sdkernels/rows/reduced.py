@@ -162,6 +162,7 @@ def reduced_rows(
     mask: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Student and teacher as (..., k + 1): z / T of the listed tokens, then log sum exp(z / T) of all others.
 
@@ -174,6 +175,7 @@ def reduced_rows(
     hold, in their order, behind ids of -1 for the rest, whose entries are NaN and left out of the row's maximum; with
     no other ids all tokens are in the tail. Rows that hold NaN or +inf hold NaN; those of only -inf, -inf or NaN.
     Without ``tail`` what says of it means nothing, and the row that chose is not read.
+    ``inplace`` is for backward: it lets the gradient take the student's memory.
     """
     layout.check_temperatures(temperatures, mask, student)
     arguments = (student, teacher, token_ids, by_teacher, tail, mask, temperature, temperatures)
@@ -206,7 +208,7 @@ def _(student, teacher, token_ids, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    student, _, token_ids, _, _, mask, ctx.temperature, temperatures = inputs
+    student, _, token_ids, _, _, mask, ctx.temperature, temperatures, ctx.inplace = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(student, token_ids, mask, temperatures, *output[2:4])
@@ -214,12 +216,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, upstream, *_):
     if upstream is None:
-        return (None,) * 8
+        return (None,) * 9
     student, token_ids, mask, temperatures, *tail = ctx.saved_tensors
     if mask is not None:
         upstream = torch.where(mask.unsqueeze(-1), upstream, 0)
-    grad = reduced_gradient(student, token_ids, ctx.temperature, temperatures, *tail, upstream.contiguous())
-    return grad, *(None,) * 7
+    arguments = (student, token_ids, ctx.temperature, temperatures, *tail, upstream.contiguous())
+    return reduced_gradient(*arguments, inplace=ctx.inplace), *(None,) * 8
 
 
 reduced_rows.register_autograd(_backward, setup_context=_setup_context)

@@ -9,6 +9,7 @@ from sdkernels.reference import divergences as reference
 from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl, triton
 from sdkernels.rows.implementations import runs_csrc, runs_triton
+from sdkernels.rows.written import gradient_operators
 
 LIST_LANES = 256  # entries of a list at a time, at most
 
@@ -23,7 +24,7 @@ def _write_block(row_ptr, grad_row, columns, vocab, m, log2_sum, scale, on_tail,
 @jit(**layout.unspecialised("", "grad_"))
 def _reduced_gradient_kernel(
     student_ptr,  # (N, V) through sizes and strides
-    grad_ptr,  # (N, V) through sizes and grad_strides
+    grad_ptr,  # (N, V) through sizes and grad_strides; may be student_ptr
     temperatures_ptr,  # (N / span,) or None
     ids_ptr,  # (N, capacity)
     tail,  # the tail's maximum (N,) and log sum (N,) float64
@@ -97,8 +98,9 @@ def _launch(student, token_ids, temperature, temperatures, tail, upstream, grad)
         )
 
 
-@torch.library.custom_op("sdkernels::reduced_gradient", mutates_args=())
+@gradient_operators
 def reduced_gradient(
+    grad: Tensor,
     student: Tensor,
     token_ids: Tensor,
     temperature: float,
@@ -106,7 +108,7 @@ def reduced_gradient(
     tail_max: Tensor,
     tail_log_sum: Tensor,
     upstream: Tensor,
-) -> Tensor:
+) -> None:
     """The gradient of the student's logits, (..., V) in its dtype, from that of its reduced row, (..., k + 1).
 
     A listed token gets its entry's over T, each other the tail's over T times its share of the tail, of which a tail of
@@ -116,18 +118,9 @@ def reduced_gradient(
     """
     arguments = (student, token_ids, temperature, temperatures)
     tail = (tail_max, tail_log_sum)
-    grad = layout.empty_rows(student)
-    if tail_max.numel() == 0:
-        return grad
     if runs_triton(student):
         _launch(*arguments, tail, upstream, grad)
     elif runs_csrc(student):
         torch.ops.sdkernels_cpu.reduced_gradient(*arguments, *tail, upstream, grad)
     else:
         grad.copy_(reference.reduced_gradient(*arguments, *tail, upstream))
-    return grad
-
-
-@reduced_gradient.register_fake
-def _(student, *arguments):
-    return layout.empty_rows(student)

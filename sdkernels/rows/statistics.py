@@ -7,8 +7,9 @@ from torch import Tensor
 
 from sdkernels import _check
 from sdkernels.reference import rows as reference
-from sdkernels.rows import device, gradient, layout
+from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl
+from sdkernels.rows.gradient import row_gradient
 from sdkernels.rows.implementations import runs_csrc, runs_triton
 
 
@@ -126,12 +127,7 @@ def _backward(ctx, grad_log_prob, grad_entropy, *_):
         grad_log_prob = torch.zeros_like(statistics[1])
     grads = [None if x is None else x.to(statistics[1].dtype).contiguous() for x in (grad_log_prob, grad_entropy)]
     arguments = (logits, token_ids, mask, ctx.temperature, temperatures, *statistics, *grads)
-    if ctx.inplace:
-        if torch.is_grad_enabled():
-            raise RuntimeError("inplace=True gives gradients that cannot be differentiated again (create_graph=True)")
-        gradient.row_gradient_(*arguments)
-        return logits.detach(), None, None, None, None, None
-    return gradient.row_gradient(*arguments), None, None, None, None, None
+    return row_gradient(*arguments, inplace=ctx.inplace), None, None, None, None, None
 
 
 row_statistics.register_autograd(_backward, setup_context=_setup_context)
