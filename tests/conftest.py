@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and not INTERPRETED else [])
+no_kernel = pytest.mark.skipif(INTERPRETED, reason="says nothing of a kernel that it does not say of csrc")
 
 settings.register_profile(
     "sdkernels",

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import no_kernel
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -26,6 +27,7 @@ def test_make_verbs_named_in_documents_exist():
     assert named <= verbs
 
 
+@no_kernel
 def test_the_readme_examples_run(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from closeness import assert_same_bits, epsilon
-from conftest import INTERPRETED
+from conftest import INTERPRETED, no_kernel
 from heads import DIFFERENTIABLE, FUNCTIONS, LOSSES, WITH_OTHER, dense, fields, fused, leaves, problem, run_fused
 from heads import totals_of as parts_of
 from supports import few
@@ -173,7 +173,7 @@ def test_a_token_does_not_depend_on_the_others(function, device):
         assert_same_bits(gradients[0][token], again[0][token])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="slow; no kernel of its own")
+@no_kernel
 @pytest.mark.parametrize("function", LOSSES)
 def test_sixteen_bit_weights_get_sums_made_in_float32(function, device):
     """The parts of 400 tokens, 4 at a time: summed in bfloat16 they would lose what a rounding a part loses."""

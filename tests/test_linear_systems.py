@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import assert_same_bits, epsilon
-from conftest import INTERPRETED
+from conftest import INTERPRETED, no_kernel
 from heads import DIFFERENTIABLE, FUNCTIONS, LOSSES, H, V, dense, fields, from_head, fused, leaves, problem, totals_of
 from supports import few
 from torch.autograd import grad
@@ -120,7 +120,7 @@ def test_compiles_to_one_graph_that_equals_eager(function, options, device):
         assert ((graph == eager) | ((graph - eager).abs() <= slack)).all()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles the same code")
+@no_kernel
 def test_compiles_with_inductor_and_makes_no_more_matmuls(device):
     torch._dynamo.reset()
     p, _, (hidden, weight) = leaves(problem(N, device=device), {})

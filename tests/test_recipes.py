@@ -9,8 +9,9 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import no_kernel
 
+pytestmark = no_kernel
 PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 SECTIONS = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
             for name, text in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)}  # fmt: skip
@@ -96,7 +97,6 @@ def test_a_recipe_is_its_formula(heading, inputs, device):
         assert far(found, expected(TRUTHS[heading], names)) < 1
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is about the page, not about the kernels")
 @pytest.mark.parametrize("heading", SECTIONS)
 def test_a_recipe_with_another_number_is_not(heading):
     """So that the page cannot drift: each decimal and each k of a recipe matters to what the test above compares."""

@@ -9,7 +9,7 @@ from sdkernels.reference import rows as reference
 from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_csrc, runs_triton
-from sdkernels.rows.written import gradient_operators
+from sdkernels.rows.inplace import gradient_operators
 
 
 @jit

@@ -9,7 +9,7 @@ from sdkernels.reference import divergences as reference
 from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl, triton
 from sdkernels.rows.implementations import runs_csrc, runs_triton
-from sdkernels.rows.written import gradient_operators
+from sdkernels.rows.inplace import gradient_operators
 
 LIST_LANES = 256  # entries of a list at a time, at most
 
