@@ -24,7 +24,16 @@ def is_tensor(name: str, value: Any) -> Tensor:
     """Refuse anything but a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(f"{name} must be a plain torch.Tensor, got a DTensor: pass {name}.full_tensor(), or, with a "
+                        f"group, {name}.to_local()")  # fmt: skip
     return value
+
+
+def only_once(what: str) -> None:
+    """Refuse, in backward, to make gradients that are to be differentiated again, as these are constants."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} gives gradients that cannot be differentiated again (create_graph=True)")
 
 
 def logits(name: str, value: Any) -> Tensor:
@@ -69,9 +78,11 @@ def head(
             raise ValueError(f"{each} is on {value.device}, but {name} is on {hidden.device}")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{name} must have shape (..., H) with H > 0, got {tuple(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"{weight_name} must have shape (V, {hidden.shape[-1]}) with V > 0 for {name} of shape "
-                         f"{tuple(hidden.shape)}, got {tuple(weight.shape)}")  # fmt: skip
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{weight_name} must have shape (V, H) with V > 0, got {tuple(weight.shape)}")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{name} must be hidden states (..., {weight.shape[1]}), as {weight_name} has shape "
+                         f"{tuple(weight.shape)}, got shape {tuple(hidden.shape)}")  # fmt: skip
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{bias_name} must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
     return hidden, weight, bias
@@ -240,7 +251,7 @@ def positive(name: str, value: Any) -> float:
 def finite(name: str, value: Any) -> float:
     """A finite number."""
     number = real(name, value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # math.isfinite breaks a compiled graph
         raise ValueError(f"{name} must be finite, got {value}")
     return number
 
@@ -250,7 +261,7 @@ def reals(name: str, value: Any, count: int) -> tuple[float, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name} must be {count} numbers, got {type(value).__name__}")
     numbers = tuple(real(name, x) for x in value)
-    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+    if len(numbers) != count or not all(-math.inf < x < math.inf for x in numbers):
         raise ValueError(f"{name} must be {count} finite numbers, got {value!r}")
     return numbers
 
@@ -365,6 +376,7 @@ def reduction(value: Any, normalizer: Any, shape: Sequence[int], cu_seqlens: Ten
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer must be a number or a 0-dim tensor, got shape {tuple(normalizer.shape)}")
         same_device("normalizer", normalizer, like)
+        constant("normalizer", normalizer)
     elif not 0 < real("normalizer", normalizer) < math.inf:
         raise ValueError(f"normalizer must be finite and > 0, got {normalizer}")
 

@@ -8,7 +8,7 @@ head share one. Backward then only multiplies what forward has formed by the ups
 per-token results of a reduced loss (student_log_prob, terms, ...) makes backward form all of it again, 3 more matmuls.
 
 Memory beyond inputs and gradients: a chunk of float32 logits a side, 128 MiB on a CPU and 1.25 GiB on a GPU or what
-`chunk_size` says, as much again for the gradient of SSD's and OPSD's losses, and the gradients of weight and hidden
+`chunk_size` says, with `softcap` as much again for the student's gradient, and the gradients of weight and hidden
 states in float32 (4 H V and 4 H N bytes) from forward to backward. On a CPU, which has no matmul of 16-bit numbers into
 float32, a float32 copy of a 16-bit weight for the time of a call. With a sharded vocabulary a chunk is of 256 tokens on
 a CPU and 2,048 on a GPU, so that ranks of unequal shards agree.
@@ -191,7 +191,8 @@ def linear_rlsd_loss(
         student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`.
         teacher: hidden states (..., H), or log-probs (...) of `token_ids` at the same temperature. No gradient flows
             to it.
-        teacher_lm_head_weight, teacher_bias: the teacher's head; None means the student's weight and bias.
+        teacher_lm_head_weight, teacher_bias: the teacher's head; without them it is the student's, with its bias.
+            `softcap` and `logit_scale` are both sides'.
         Others: as for `rlsd_loss`.
 
     Returns:
@@ -308,7 +309,8 @@ def linear_ssd_loss(
     Args:
         student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`.
         base: hidden states (..., H), or a `Support` of the same temperature, the filters then being None.
-        base_lm_head_weight, base_bias: the base's head; None means the student's weight and bias.
+        base_lm_head_weight, base_bias: the base's head; without them it is the student's, with its bias.
+            `softcap` and `logit_scale` are both sides'.
         Others: as for `ssd_loss`.
 
     Returns:
@@ -372,7 +374,8 @@ def linear_opsd_loss(
     Args:
         student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`.
         teacher_hidden: (..., H), which gets no gradient.
-        teacher_lm_head_weight, teacher_bias: the teacher's head; None means the student's weight and bias.
+        teacher_lm_head_weight, teacher_bias: the teacher's head; without them it is the student's, with its bias.
+            `softcap` and `logit_scale` are both sides'.
         Others: as for `opsd_loss`.
 
     Returns:

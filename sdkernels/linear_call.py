@@ -69,7 +69,9 @@ class Call:
                 raise ValueError(f"{names[1]} must have the student's vocabulary, {student.weight.shape[0]}, "
                                  f"got {weight.shape[0]}")  # fmt: skip
         _check.constant(name, hidden)
-        _check.same_shape(name, hidden[..., 0], self.shape)
+        if hidden.shape[:-1] != self.shape:
+            raise ValueError(f"{name} must be hidden states (..., H) of tokens of shape {tuple(self.shape)}, "
+                             f"got shape {tuple(hidden.shape)}")  # fmt: skip
         _check.same_device(name, hidden, self.logits)
         self.other = Other(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
 

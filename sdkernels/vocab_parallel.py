@@ -91,8 +91,8 @@ class _Attached(torch.autograd.Function):
         return tuple(x.clone() for x in results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        _check.only_once("group")
         (rows,) = ctx.saved_tensors
         return ctx.gradient(rows, *upstream), None, *(None,) * len(upstream)
 

@@ -132,6 +132,7 @@ MESSAGES = [
       for ends in ((0, 5), (1, 6), (0, 4, 2, 6), (0, 7))),
     (ValueError, re.escape("advantages must have shape (6,) (per token) or (2,) (per sequence), got (3,)"),
      {**PACKED, "cu_seqlens": cu_seqlens(0, 2, 6), "advantages": torch.ones(3)}),
+    (ValueError, "normalizer requires grad", {"normalizer": torch.ones((), requires_grad=True)}),
     # inplace
     (ValueError, "inplace=True needs student_logits with an adjacent vocabulary",
      {"inplace": True, "student_logits": torch.randn(B, V, T).transpose(1, 2)}),

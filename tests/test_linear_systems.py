@@ -134,6 +134,27 @@ def test_compiles_with_inductor_and_makes_no_more_matmuls(device):
     assert matmuls(found[0].backward) == (0, 0)
 
 
+@no_kernel
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_another_length_scale_and_softcap_does_not_break_the_graph(function, dynamic, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length, scale, softcap in ((3, 1.0, 5.0), (5, 0.9, 6.0), (8, 1.1, 7.0)):
+        p = problem(2, length, device=device)
+        found, eager = (fields(f(function, p, logit_scale=scale, softcap=softcap)) for f in (compiled, fused))
+        for name, value in found.items():
+            assert torch.equal(value, eager[name]), name
+
+
+@pytest.mark.parametrize("function", DIFFERENTIABLE)
+def test_gradients_cannot_be_differentiated_again(function):
+    p, options, (hidden, *_) = leaves(problem(4), {})
+    for total in totals_of(fields(fused(function, p, **options)), True):
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            grad(total, hidden, create_graph=True)
+
+
 def test_another_lam_and_temperature_does_not_compile_anew(device):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -26,8 +26,8 @@ def compiled() -> bool:
         torch.ops.load_library(libraries[0])
         return True
     warnings.warn(
-        "sdkernels was installed without a compiler: its CPU functions run plain PyTorch, correct but slow. "
-        "Reinstall with a C++ compiler and --no-build-isolation.",
+        "sdkernels was installed without its C++ kernels: its CPU functions run plain PyTorch, correct but slow. "
+        "Reinstall where torch and a C++ compiler are, with --no-build-isolation.",
         stacklevel=2,
     )
     return False
