@@ -64,6 +64,7 @@ WIDE_ACCESSES = {  # of 16 bytes that a kernel needs for its tile or block of a 
     "upstream sum": (4, 0),
     "truncated gradient": (2, 2),
     "pair gradient": (2, 2),
+    "in-place pair gradient": (2, 2),
     **{f"{kind} gradient": (2, 1) for kind in DIVERGENCES},
     "reduced gradient": (2, 2),
 }
@@ -115,6 +116,8 @@ def cases() -> Iterator[Case]:
                 for other in dict.fromkeys((None, dtype, torch.float32)):
                     yield Case("pair statistics", dtype, rows, options, other)
                     yield Case("pair gradient", dtype, rows, options, other)
+                    if options or other is None:  # there is a list
+                        yield Case("in-place pair gradient", dtype, rows, options, other)
                 for other in dict.fromkeys((dtype, torch.float32)):
                     for kind in DIVERGENCES:
                         yield Case(f"{kind} divergence", dtype, rows, options, other)
@@ -166,8 +169,8 @@ def launch(case: Case) -> None:
             truncated_gradient._launch(rows, other, *label, 0.7, temperatures, found, result)
     elif case.op == "pair statistics":
         pair._launch(rows, other, mask, 0.7, temperatures, pair_support, pair_results)
-    elif case.op == "pair gradient":
-        arguments = (pair_support, pair_results, (doubles,) * 4, result)
+    elif case.op.endswith("pair gradient"):
+        arguments = (pair_support, pair_results, (doubles,) * 4, result if case.op == "pair gradient" else rows)
         pair_gradient._launch(rows, other, 0.7, temperatures, *arguments)
     elif case.op.split()[0] in DIVERGENCES:
         options = (case.op.split()[0], 0.3, 0.05 if case.options else math.inf)

@@ -86,7 +86,7 @@ def _pair_gradient_kernel(
     base_ptr,  # (N, V) through sizes and base_strides, or None
     grad_ptr,  # (N, V) through sizes and grad_strides; may be student_ptr
     temperatures_ptr,  # (N / span,) or None
-    support,  # threshold and size (N,), token ids, log-probs and logits (N, capacity); None for what is absent
+    support,  # threshold and size (N,), token ids, log-probs and, in place, logits (N, capacity); or None
     statistics,  # the results of pair_statistics, (N,)
     upstream,  # of the first four of them, (N,) float64
     size1,
@@ -137,8 +137,9 @@ def _pair_gradient_kernel(
                 place = row.to(tl.int64) * capacity + first + lanes
                 ids = tl.load(ids_ptr + place, mask=first + lanes < capacity, other=-1)
                 here = (ids >= start) & (ids < start + BLOCK) & (ids < vocab)
-                z = tl.load(listed_ptr + place, mask=here, other=0.0).to(tl.float32)
                 log2_q = tl.load(log_probs_ptr + place, mask=here, other=float("-inf")) * device.LOG2E
+                source = row_ptr + ids if listed_ptr is None else listed_ptr + place
+                z = tl.load(source, mask=here, other=0.0).to(tl.float32)
                 here = here & (log2_q != float("-inf"))
                 g = _gradient_on_row(z, coefficients) + _gradient_on_support(z, log2_q, coefficients)
                 tl.store(grad_row + ids, g.to(grad_ptr.dtype.element_ty), mask=here)
@@ -150,7 +151,8 @@ def _launch(student, base, temperature, temperatures, support, statistics, upstr
     ids, capacity, listed = support[2], 0, None
     if ids is not None:
         capacity = ids.shape[-1]
-        listed = student.gather(-1, ids.clamp(0, vocab - 1).long())  # before a gradient is written over them
+        if grad is student:  # its gradient is written over what the list reads
+            listed = student.gather(-1, ids.clamp(0, vocab - 1).long())
     options = layout.block_options(student)
     with layout.on_device(student):
         _pair_gradient_kernel[(rows * -(-vocab // options["BLOCK"]),)](
