@@ -30,12 +30,6 @@ def is_tensor(name: str, value: Any) -> Tensor:
     return value
 
 
-def only_once(what: str) -> None:
-    """Refuse, in backward, to make gradients that are to be differentiated again, as these are constants."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{what} gives gradients that cannot be differentiated again (create_graph=True)")
-
-
 def logits(name: str, value: Any) -> Tensor:
     """Floating logits (..., V) with V > 0."""
     is_tensor(name, value)

@@ -7,6 +7,7 @@ matmuls turn that into gradients of hidden states and weight. Nothing of size (t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from sdkernels import _check
 from sdkernels.families import FAMILIES, Values
+from sdkernels.first_order import first_order
 from sdkernels.packing import pack, unpack
 
 # Bytes of float32 logits that a side holds at a time. On a GPU 2,000 tokens keep the matmuls fast and the sum of the
@@ -122,8 +123,8 @@ class _Gradients:
     def add(self, grad: Tensor, logits: Tensor, hidden: Tensor, piece: slice) -> None:
         """Those through the logits (n, V) of a chunk, from their gradient and the hidden states; masked rows are 0."""
         head, scale = self.head, self.head.scale
-        if head.softcap:  # d tanh = 1 - tanh^2
-            grad.addcmul_(grad, logits.square_(), value=-(head.softcap**-2))
+        if head.softcap:
+            torch.ops.aten.tanh_backward.grad_input(grad, logits.div_(head.softcap), grad_input=grad)
         if self.bias is not None:
             self.bias.add_(grad.sum(0), alpha=scale)
         grad = grad.to(hidden.dtype)
@@ -160,6 +161,13 @@ def _logits_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None) -> 
     """That of logits, results and sums of gradients; `dtype` is autocast's."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype) if dtype is None else dtype
     return torch.promote_types(dtype, torch.float32)
+
+
+def _saved_as_they_are() -> Any:
+    """No hooks on what autograd saves: those of the caller, as of checkpointing, are not for the graph of a chunk."""
+    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _empty_results(function: str, hidden: Tensor, layout: str, dtype: torch.dtype) -> list[Tensor]:
@@ -200,7 +208,7 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
     student, shared = Side(hidden, weight, bias), other_hidden is not None and other_weight is None
     if shared and dtype is None and other_hidden.dtype != hidden.dtype:  # matmuls of its own
         other_weight, other_bias, shared = weight, bias, False
-    with torch.autocast(hidden.device.type, enabled=False), _autograd_on(), torch.no_grad():
+    with torch.autocast(hidden.device.type, enabled=False), _autograd_on(), torch.no_grad(), _saved_as_they_are():
         head = _Head(student, scale, softcap, dtype)
         gradients = _Gradients(student, head, wants)
         chunk_size = chunk_size or _chunk_size(tokens, weight, group is not None)
@@ -299,8 +307,8 @@ class _Total(torch.autograd.Function):
         return (found[0].double() * factor).sum(), *found
 
     @staticmethod
+    @first_order
     def backward(ctx, on_total, *_):
-        _check.only_once("a linear_* function")
         if on_total is None:
             return (None,) * len(ctx.needs_input_grad)
         formed, ctx.formed = ctx.formed, None  # handed out: another backward forms them again
@@ -327,8 +335,8 @@ class _Results(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
+    @first_order
     def backward(ctx, *upstream):
-        _check.only_once("a linear_* function")
         if all(x is None for x in upstream):
             return (None,) * len(ctx.needs_input_grad)
         return _for_inputs(ctx, _swept_gradients(ctx, ctx.saved_tensors, upstream))

@@ -191,8 +191,8 @@ def linear_rlsd_loss(
         student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`.
         teacher: hidden states (..., H), or log-probs (...) of `token_ids` at the same temperature. No gradient flows
             to it.
-        teacher_lm_head_weight, teacher_bias: the teacher's head; without them it is the student's, with its bias.
-            `softcap` and `logit_scale` are both sides'.
+        teacher_lm_head_weight, teacher_bias: the teacher's head; of each None means the student's. `softcap` and
+            `logit_scale` are both sides'.
         Others: as for `rlsd_loss`.
 
     Returns:
@@ -309,8 +309,8 @@ def linear_ssd_loss(
     Args:
         student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`.
         base: hidden states (..., H), or a `Support` of the same temperature, the filters then being None.
-        base_lm_head_weight, base_bias: the base's head; without them it is the student's, with its bias.
-            `softcap` and `logit_scale` are both sides'.
+        base_lm_head_weight, base_bias: the base's head; of each None means the student's. `softcap` and
+            `logit_scale` are both sides'.
         Others: as for `ssd_loss`.
 
     Returns:
@@ -374,8 +374,8 @@ def linear_opsd_loss(
     Args:
         student_hidden, lm_head_weight, bias, softcap, logit_scale, chunk_size: as for `linear_token_log_prob`.
         teacher_hidden: (..., H), which gets no gradient.
-        teacher_lm_head_weight, teacher_bias: the teacher's head; without them it is the student's, with its bias.
-            `softcap` and `logit_scale` are both sides'.
+        teacher_lm_head_weight, teacher_bias: the teacher's head; of each None means the student's. `softcap` and
+            `logit_scale` are both sides'.
         Others: as for `opsd_loss`.
 
     Returns:

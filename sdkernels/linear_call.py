@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -32,8 +31,9 @@ class Call:
         self.shape = hidden.shape[:-1]
         self.logits = hidden.detach().new_zeros(1).expand(*self.shape, weight.shape[0])  # stands in for checks
         cap = _check.above("softcap", softcap, 0)
+        capped = cap is not None and cap <= torch.finfo(torch.float32).max
         scale = _check.finite("logit_scale", logit_scale)
-        self.values: dict[str, Any] = {"logit_scale": scale, "softcap": 0.0 if cap in (None, math.inf) else cap}
+        self.values: dict[str, Any] = {"logit_scale": scale, "softcap": cap if capped else 0.0}
         self.chunk_size = None if chunk_size is None else _check.integer("chunk_size", chunk_size, 1)
         self.other = Other()
         self.shard = shard_of(group, vocab_start, self.logits)
@@ -55,19 +55,19 @@ class Call:
         """The side that gets no gradient."""
         student = self.student
         names = (name, f"{prefix}lm_head_weight", f"{prefix}bias")
-        if weight is None:
-            if bias is not None:
-                raise ValueError(f"{names[2]} needs {names[1]}, got None")
-            hidden, _, _ = _check.head(name, hidden, student.weight.detach(), None)
-        else:
-            weight, bias = self.plain(weight, bias)
-            hidden, weight, bias = _check.head(name, hidden, weight, bias, *names[1:])
-            for each, value in zip(names[1:], (weight, bias), strict=True):
-                if value is not None:
-                    _check.constant(each, value)
-            if weight.shape[0] != student.weight.shape[0]:
-                raise ValueError(f"{names[1]} must have the student's vocabulary, {student.weight.shape[0]}, "
-                                 f"got {weight.shape[0]}")  # fmt: skip
+        weight, bias = self.plain(weight, bias)
+        used = student.weight.detach() if weight is None else weight
+        hidden, _, _ = _check.head(name, hidden, used, bias, "lm_head_weight" if weight is None else names[1], names[2])
+        for each, value in zip(names[1:], (weight, bias), strict=True):
+            if value is not None:
+                _check.constant(each, value)
+        if used.shape[0] != student.weight.shape[0]:
+            raise ValueError(f"{names[1]} must have the student's vocabulary, {student.weight.shape[0]}, "
+                             f"got {used.shape[0]}")  # fmt: skip
+        if bias is not None:
+            weight = used
+        elif weight is not None and student.bias is not None:
+            bias = student.bias.detach()
         _check.constant(name, hidden)
         if hidden.shape[:-1] != self.shape:
             raise ValueError(f"{name} must be hidden states (..., H) of tokens of shape {tuple(self.shape)}, "

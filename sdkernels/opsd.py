@@ -172,7 +172,7 @@ def opsd_loss(
     scaling = kernel_temperature(temperature, shape, cu_seqlens)
     shard = shard_of(group, vocab_start, student_logits)
     if shard is not None and places > 0:
-        student, teacher = pairs.reduced(student, teacher, places, by_teacher, kept_rows, scaling, shard, inplace)
+        student, teacher = pairs.reduced(student, teacher, places, by_teacher, tail, kept_rows, scaling, shard, inplace)
     elif 0 < places < vocab:
         ids = top_ids(teacher if by_teacher else student.detach(), kept_rows, places)
         student, teacher, *_ = reduced_rows(student, teacher, ids, by_teacher, tail, kept_rows, *scaling, inplace)

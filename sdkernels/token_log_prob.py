@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdkernels import _check, vocab_parallel
-from sdkernels.rows.layout import RowSupport, as_rows, at_tokens, kept_tokens, kernel_temperature
+from sdkernels.rows.layout import RowSupport, as_rows, at_tokens, check_temperatures, kept_tokens, kernel_temperature
 from sdkernels.rows.statistics import check_values, row_statistics
 from sdkernels.rows.support import LISTED
 from sdkernels.rows.truncated import truncated_token_log_prob
@@ -165,6 +165,7 @@ def _replayed_log_prob(
     places = torch.cat((ids, labels.unsqueeze(-1)), -1).long()
     live = torch.cat((ids != -1, ~inside.any(-1, keepdim=True)), -1) & keep.unsqueeze(-1)
     if shard is not None:
+        check_temperatures(scaling[1], keep, rows)
         z = vocab_parallel.logits_at(rows, places, keep, shard)
         found = _support_of(z.where(live, -torch.inf), places, keep, scaling, dtype)
         log_prob, entropy = vocab_parallel.truncated_log_prob(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdkernels import _check
+from sdkernels.first_order import first_order
 from sdkernels.reference.rows import rounded_up
 from sdkernels.rows.gradient import row_gradient
 from sdkernels.rows.layout import RowSupport, as_rows, at_tokens
@@ -59,8 +60,11 @@ def shard_of(group: Any, vocab_start: Any, logits: Tensor) -> Shard | None:
     return Shard(group, start, size)
 
 
-def exchange(shard: Shard, columns: Sequence[Tensor]) -> Tensor:
-    """Per-token columns (...) of all ranks, (columns, ranks, ...) float64."""
+def exchange(shard: Shard, columns: Sequence[Tensor], check: Callable[[int], None] | None = None) -> Tensor:
+    """Per-token columns (...) of all ranks, (columns, ranks, ...) float64.
+
+    `check` is told the size of the whole vocabulary, where values may be read.
+    """
     mine = torch.stack([x.double() for x in columns])
     place = torch.tensor([shard.start, shard.size], dtype=torch.float64, device=mine.device)
     sent = torch.cat((mine.reshape(-1), place))
@@ -71,6 +75,8 @@ def exchange(shard: Shard, columns: Sequence[Tensor]) -> Tensor:
         if any(start != sum(sizes[:rank]) for rank, start in enumerate(starts)):
             raise ValueError(f"vocab_start must make shards cover the vocabulary in rank order, got shards of "
                              f"{[int(x) for x in sizes]} tokens from {[int(x) for x in starts]} on")  # fmt: skip
+        if check is not None:
+            check(int(sum(sizes)))
     return received[:, :-2].reshape(-1, *mine.shape).transpose(0, 1).contiguous()
 
 
@@ -91,8 +97,8 @@ class _Attached(torch.autograd.Function):
         return tuple(x.clone() for x in results)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        _check.only_once("group")
         (rows,) = ctx.saved_tensors
         return ctx.gradient(rows, *upstream), None, *(None,) * len(upstream)
 
@@ -145,15 +151,6 @@ def _local_statistics(rows: Tensor, ids: Tensor, keep: Tensor, scaling: Scaling,
     return _Local(m, log_sum, mean, label.where(owned, 0), owned)
 
 
-def check_owned(owners: Tensor, keep: Tensor, ids: Tensor) -> None:
-    """Refuse ids that no rank has, where values may be read."""
-    if _check.values_are_checked(ids):
-        bad = keep & (owners != 1)
-        if bad.any():
-            raise IndexError(f"token_ids must be in the vocabulary of one of the group's ranks, or -100 for a masked "
-                             f"token, got {ids[bad][0].item()}")  # fmt: skip
-
-
 def log_probs(
     sides: Sequence[Tensor], ids: Tensor, keep: Tensor, scaling: Scaling, shard: Shard, inplace: bool
 ) -> list[tuple[Tensor, Tensor]]:
@@ -162,12 +159,12 @@ def log_probs(
     The first side's are differentiable; with `inplace` its gradient takes the logits' memory.
     """
     found = [_local_statistics(rows, ids, keep, scaling, shard) for rows in sides]
-    received = exchange(shard, [column for local in found for column in local])
+    columns = [column for local in found for column in local]
+    received = exchange(shard, columns, lambda vocab: _check.token_id_values(ids, keep, vocab))
     t = temperature_at(scaling, keep)
     results = []
     for i, rows in enumerate(sides):
         maxima, log_sums, means, labels, owned = received[5 * i : 5 * i + 5]
-        check_owned(owned.sum(0), keep, ids)
         top, log_sum, log_shares = merged(maxima, log_sums, t)
         shares = log_shares.exp()
         shifted = means + torch.where(shares == 0, 0, (maxima - top) / t)
@@ -205,11 +202,14 @@ def labels_of(rows: Tensor, ids: Tensor, keep: Tensor, shard: Shard) -> Tensor:
 
 
 def logits_at(rows: Tensor, ids: Tensor, keep: Tensor, shard: Shard) -> Tensor:
-    """The logits of global ids (..., K), the last of them a token's own, float64; NaN where no rank has them."""
-    owned = shard.local(ids[..., -1])[1]
-    *columns, owners = exchange(shard, [*shard.logits(rows, ids).unbind(-1), owned])
-    check_owned(owners.sum(0), keep, ids[..., -1])
-    return from_owner(torch.stack(columns, -1))
+    """The logits of global ids (..., K), float64: a support's, -1 for none, then a token's own; NaN where no rank has
+    them."""
+
+    def check(vocab: int) -> None:
+        _check.token_id_values(ids[..., -1], keep, vocab)
+        _check.support_id_values("support", ids[..., :-1], keep, vocab)
+
+    return from_owner(torch.stack(exchange(shard, shard.logits(rows, ids).unbind(-1), check).unbind(0), -1))
 
 
 def local_lists(found: RowSupport, shard: Shard) -> RowSupport:
@@ -312,24 +312,26 @@ def support(
     )
 
 
-def _largest(holds: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest logit of `dtype` from `low`, where `holds` is true, to `high`; it is false from some point on.
+def _largest(holds: Callable[[Tensor], Tensor], first: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest logit of `dtype` from `first`, where `holds` is true, to `last`; it is false from some point on.
 
     `holds` tells of PIVOTS logits (..., PIVOTS) at a time. The search is over integers in the order of floats.
     """
     shift = {torch.float64: 0, torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}[dtype]
-    low_order, high_order = (_order_of(x) >> shift for x in (low, high))
-    steps = torch.arange(1, PIVOTS + 1, device=low.device)
+    low_order, high_order = (_order_of(x) >> shift for x in (first, last))
+    steps = torch.arange(1, PIVOTS + 1, device=first.device)
     bits = 64 if dtype == torch.float64 else 32 - shift
     for _ in range(-(-bits // 5)):
-        width = high_order - low_order  # negative: beyond int64
+        width = high_order - low_order  # negative: beyond int64, as may be some pivots below
         step = torch.where(width < 0, 1 << 59, (width + PIVOTS) // (PIVOTS + 1)).unsqueeze(-1)
-        pivots = torch.minimum(low_order.unsqueeze(-1) + steps * step, high_order.unsqueeze(-1))
-        true = holds(_float_of(pivots << shift, low.dtype))
-        best = torch.where(true, pivots, low_order.unsqueeze(-1)).amax(-1)
-        beyond = torch.where(true, high_order.unsqueeze(-1), pivots - 1).amin(-1)
+        low, high = low_order.unsqueeze(-1), high_order.unsqueeze(-1)
+        pivots = low + steps * step
+        pivots = torch.where(pivots < low, high, torch.minimum(pivots, high))
+        true = holds(_float_of(pivots << shift, first.dtype))
+        best = torch.where(true, pivots, low).amax(-1)
+        beyond = torch.where(true, high, pivots - 1).amin(-1)
         low_order, high_order = best, torch.maximum(beyond, best)
-    return _float_of(low_order << shift, low.dtype)
+    return _float_of(low_order << shift, first.dtype)
 
 
 def _order_of(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdkernels import _check
 from sdkernels.rows.divergence import row_divergence
 from sdkernels.rows.divergence_gradient import divergence_gradient
 from sdkernels.rows.information import row_information
@@ -58,7 +59,8 @@ def ssd_sums(
         live = (ids >= 0) & keep.unsqueeze(-1)
         places, inside = shard.local(ids)
         z = shard.logits(student, ids).where(live, torch.nan)
-        m, log_sum, *received = exchange(shard, [*columns, *z.unbind(-1)])
+        listed = lambda vocab: _check.support_id_values("base.token_ids", ids, keep, vocab)  # noqa: E731
+        m, log_sum, *received = exchange(shard, [*columns, *z.unbind(-1)], listed)
         top, log_sum, _ = merged(m, log_sum, 1.0)
         sums = _listed_sums(torch.stack(received, -1), log_q.double(), live, t)
         base_log_sum, base_max = torch.zeros_like(log_sum), torch.zeros_like(top)
@@ -117,13 +119,14 @@ def _listed_sums(received: Tensor, log_q: Tensor, live: Tensor, t: Tensor | floa
     live = live & (log_q > -torch.inf)
     z = z.where(live, -torch.inf)
     m = z.amax(-1, keepdim=True)
+    m = m.masked_fill(m == -torch.inf, 0)
     y, q = z - m, log_q.exp()
     t = t.unsqueeze(-1) if isinstance(t, Tensor) else t
     return Sums(
         y.logsumexp(-1),
         (t * (y / t).logsumexp(-1, keepdim=True)).squeeze(-1),
-        (q * y).where(live, 0).sum(-1),
-        (q * log_q).where(live, 0).sum(-1),
+        (q * y).where(q != 0, 0).sum(-1),
+        (q * log_q).where(q != 0, 0).sum(-1),
         live.sum(-1),
         m.squeeze(-1),
     )
@@ -198,8 +201,8 @@ def _known(p: Normaliser, q: Normaliser, keep: Tensor, student: Tensor, teacher:
 
 
 def reduced(
-    student: Tensor, teacher: Tensor, places: int, by_teacher: bool, keep: Tensor, scaling: Scaling, shard: Shard,
-    inplace: bool,
+    student: Tensor, teacher: Tensor, places: int, by_teacher: bool, tail: bool, keep: Tensor, scaling: Scaling,
+    shard: Shard, inplace: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Whole rows reduced to the `places` most probable tokens and a tail, as `reduced_rows`, in two exchanges."""
     rows = student.detach()
@@ -219,6 +222,8 @@ def reduced(
     for i, side in enumerate((rows, teacher)):
         z = from_owner(received[4 + i * places : 4 + (i + 1) * places].movedim(0, -1)).masked_fill(short, -torch.inf)
         tail_m, tail_sum = _merged_tail(received[2 * i], received[2 * i + 1], t)
+        if not tail:  # all that it says is whether the row is bad
+            tail_m, tail_sum = torch.zeros_like(tail_m), tail_sum.where(tail_sum.isnan(), -torch.inf)
         results.append(_reduced_row(z, tail_m, tail_sum, t, keep, torch.promote_types(side.dtype, torch.float32)))
         tails.append((tail_m, tail_sum))
     tail_m, tail_sum = (torch.where(keep, x, 0) for x in tails[0])
@@ -236,6 +241,8 @@ def _global_top_ids(chooser: Tensor, keep: Tensor, places: int, shard: Shard) ->
     """Global ids (..., places) of the largest logits of whole rows, ties by id; -1 beyond the vocabulary."""
     count = min(places, shard.size)
     ids = top_ids(chooser, keep, count).long()
+    hollow = (ids[..., :1] < 0) & (chooser[..., :1] == -torch.inf) & keep.unsqueeze(-1)
+    ids = torch.where(hollow, torch.arange(count, device=ids.device), ids)  # a shard of -inf alone still has tokens
     z = chooser.gather(-1, ids.clamp(min=0)).double()
     absent = torch.nn.functional.pad(ids < 0, (0, places - count), value=True)
     ids, z = (torch.nn.functional.pad(x, (0, places - count)) for x in (ids + shard.start, z))

@@ -81,7 +81,7 @@ def dense(name, p, *, other=None, **options):
         prefix, hidden = WITH_OTHER[name], p.other if other is None else other
         weight, bias = (options.pop(f"{prefix}_{key}", None) for key in ("lm_head_weight", "bias"))
         if isinstance(hidden, torch.Tensor) and hidden.dim() == len(p.shape) + 1:
-            own = {"bias": bias} if weight is not None else {"bias": head.get("bias")}
+            own = {"bias": head.get("bias") if bias is None else bias}
             with torch.no_grad():
                 hidden = logits_of(hidden, p.weight if weight is None else weight, **{**head, **own})
         side = (hidden,)

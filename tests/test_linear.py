@@ -35,11 +35,17 @@ def test_bias_scale_and_softcap_in_this_order(function, head, device):
         check(function, p, **with_bias(p, head), chunk_size=4)
 
 
-def test_an_infinite_softcap_is_none(device):
+@pytest.mark.parametrize("softcap", [float("inf"), 1e300, 1e39])
+def test_a_softcap_beyond_the_range_of_logits_is_none(softcap, device):
     p = problem(2, 3, device=device)
-    (found, gradients), (expected, again) = (run_fused("grpo_loss", p, softcap=x) for x in (float("inf"), None))
+    (found, gradients), (expected, again) = (run_fused("grpo_loss", p, softcap=x) for x in (softcap, None))
     for x, y in zip((*found.values(), *gradients), (*expected.values(), *again), strict=True):
         assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("softcap", [1e-30, 1e-3, 1e30])
+def test_a_softcap_of_any_size(softcap, device):
+    check("grpo_loss", problem(2, 3, device=device), softcap=softcap)
 
 
 @pytest.mark.parametrize(("function", "dtypes"), few(itertools.product(FUNCTIONS, DTYPES), 11), ids=str)
@@ -155,6 +161,7 @@ def test_the_other_side_s_own_head_and_width(function, head, device):
         check(function, p, other=hidden, **{f"{prefix}_lm_head_weight": weight}, **options, chunk_size=4)
         own = {f"{prefix}_lm_head_weight": weight, f"{prefix}_bias": bias}
         check(function, p, other=hidden, **own, **options)
+        check(function, p, **{f"{prefix}_bias": bias}, **options)
 
 
 @pytest.mark.parametrize("function", WITH_OTHER)

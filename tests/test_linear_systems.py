@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import INTERPRETED, no_kernel
 from heads import DIFFERENTIABLE, FUNCTIONS, LOSSES, H, V, dense, fields, from_head, fused, leaves, problem, totals_of
 from supports import few
 from torch.autograd import grad
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from sdkernels import linear_rlsd_loss, linear_rlsd_token_advantage, truncated_support
 
@@ -147,14 +148,6 @@ def test_another_length_scale_and_softcap_does_not_break_the_graph(function, dyn
             assert torch.equal(value, eager[name]), name
 
 
-@pytest.mark.parametrize("function", DIFFERENTIABLE)
-def test_gradients_cannot_be_differentiated_again(function):
-    p, options, (hidden, *_) = leaves(problem(4), {})
-    for total in totals_of(fields(fused(function, p, **options)), True):
-        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-            grad(total, hidden, create_graph=True)
-
-
 def test_another_lam_and_temperature_does_not_compile_anew(device):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -196,6 +189,27 @@ def test_gradient_checkpointing(function, reentrant, device):
         results.append((value.detach(), *(x.grad for x in inputs)))
     for plain, saved in zip(*results, strict=True):
         assert_same_bits(saved, plain)
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_hooks_of_the_caller_do_not_see_the_graph_of_a_chunk(function, device):
+    """Checkpointing that recomputes to the end, in many chunks; and how many matmuls it takes."""
+    p, options, inputs = leaves(problem(N, device=device), {"softcap": 9.0})
+    call = lambda x: fused(function, SimpleNamespace(**{**vars(p), "hidden": x * 1.0}), chunk_size=2, **options).loss  # noqa: E731
+    expected = grad(call(inputs[0]), inputs)
+    with set_checkpoint_early_stop(False):
+        found = grad(checkpoint(call, inputs[0], use_reentrant=False), inputs)
+    for x, y in zip(found, expected, strict=True):
+        assert_same_bits(x, y)
+    once, _ = matmuls(lambda: call(inputs[0]))
+    again, _ = matmuls(lambda: checkpoint(call, inputs[0], use_reentrant=False).backward())
+    assert again == 2 * once
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        call(inputs[0])
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
+        call(inputs[0])
+    assert all(x.dim() < 2 or x.shape[-1] != V or x.shape == p.weight.shape for x in packed)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -11,7 +11,7 @@ from ranks import results_of
 from test_vocab_parallel import SUMS
 
 import sdkernels
-from sdkernels import linear_grpo_loss, opsd_decomposition, opsd_loss, rlsd_loss, ssd_loss, token_log_prob
+from sdkernels import Support, linear_grpo_loss, opsd_decomposition, opsd_loss, rlsd_loss, ssd_loss, token_log_prob
 
 pytestmark = pytest.mark.skipif(INTERPRETED or not dist.is_gloo_available(), reason="the same code; needs gloo")
 
@@ -72,19 +72,27 @@ def test_what_cannot_be_a_shard_is_refused(group):
     ):
         token_log_prob(logits, ids, group=group, vocab_start=3)
     ids[1, 1] = V
-    with pytest.raises(IndexError, match=r"token_ids must be in the vocabulary of one of the group's ranks.*got 50"):
+    with pytest.raises(IndexError, match=r"token_ids must be in \[0, 50\), or -100 for a masked token, got 50"):
         token_log_prob(logits, ids, group=group)
     with pytest.raises(IndexError, match=r"got 50"):
         linear_grpo_loss(torch.randn(B, T, 4), torch.randn(V, 4), ids, torch.ones(B), group=group)
     token_log_prob(logits, ids, mask=ids < V, group=group)
+    listed = torch.tensor([3, V]).expand(B, T, 2)
+    with pytest.raises(IndexError, match=r"support must hold ids in \[0, 50\), or -1 for none, got 50"):
+        token_log_prob(logits, ids.clamp(max=V - 1), support=listed, group=group)
+    with pytest.raises(IndexError, match=r"base.token_ids must hold ids in \[0, 50\), or -1 for none, got 50"):
+        ssd_loss(logits, Support(listed, torch.full((B, T, 2), 0.5).log(), listed[..., 0], 1.0), 1.0, group=group)
+    with pytest.raises(ValueError, match=r"temperature must be finite and > 0, got 0.0 for an unmasked token"):
+        token_log_prob(logits, ids, torch.zeros(B, T), support=listed, mask=ids < V, group=group)
 
 
 @pytest.mark.parametrize("name", ["token_log_prob", "ssd_loss", "a KL", "top_k of a divergence"])
 def test_gradients_of_shards_cannot_be_differentiated_again(name, group):
     student, teacher, ids = torch.randn(B, T, V, requires_grad=True), torch.randn(B, T, V), torch.randint(V, (B, T))
     output = EXCHANGES[name][0](student, teacher, ids, {"group": group})
+    (first,) = torch.autograd.grad(output[0].sum(), student, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        torch.autograd.grad(output[0].sum(), student, create_graph=True)
+        (output[0].sum() + first.square().sum()).backward()
 
 
 def test_a_sharded_tensor_itself_is_refused(group):

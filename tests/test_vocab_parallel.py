@@ -1,6 +1,5 @@
 """Functions with `group`: what ranks with unequal shards compute is what one process computes of whole rows."""
 
-import functools
 import math
 
 import pytest
@@ -11,6 +10,7 @@ from conftest import INTERPRETED
 from ranks import results_of
 
 import sdkernels
+from sdkernels import vocab_parallel
 
 pytestmark = pytest.mark.skipif(INTERPRETED or not dist.is_gloo_available(), reason="the same code; needs gloo")
 
@@ -22,6 +22,7 @@ FILTERS = {
     "more than a shard has": {"top_k": 60},
     "top_p": {"top_p": 0.7},
     "min_p": {"min_p": 0.05},
+    "top_k, top_p": {"top_k": 70, "top_p": 0.5},
     "all filters": {"top_k": 30, "top_p": 0.9, "min_p": 0.01},
 }
 DIVERGENCES = {
@@ -52,6 +53,8 @@ class Problem:
         self.mask = torch.ones(B, T)
         self.mask[1, 3] = 0
         self.student[1, 4], self.teacher[1, 3] = torch.nan, torch.inf
+        self.teacher[0, 2, : V - 3] = -torch.inf  # fewer tokens than top_k, all in one shard
+        self.teacher[0, 3, V - 1] = 3e4  # a tail that weighs all
         self.temperature = torch.rand(B, T) + 0.5
         self.kept = torch.stack([torch.randperm(V)[:K] for _ in range(B * T)]).reshape(B, T, K)
         self.kept[..., 3] = -1
@@ -88,6 +91,11 @@ def cases():
     )
     found["ssd_loss"] = lambda p, x, y, g: f.ssd_loss(x, y, 1.6, **p.tokens, **g)
     found["ssd_loss of a Support"] = lambda p, x, y, g: f.ssd_loss(x, p.recorded, 1.6, **p.tokens, **g)
+    for ids, log_q in (([0], [0.0]), ([3, 0], [0.0, -800.0])):  # of -inf to the student in a row, and of no weight
+        support = f.Support(torch.tensor(ids), torch.tensor(log_q), torch.tensor(len(ids)), 1.6)
+        found[f"ssd_loss of a Support of {ids}"] = lambda p, x, y, g, s=support: f.ssd_loss(
+            x, f.Support(*(t.expand(B, T, *t.shape) for t in s[:3]), 1.6), 1.6, **p.tokens, **g
+        )
     found["ssd_decomposition"] = lambda p, x, y, g: f.ssd_decomposition(x, y, p.temperature, **p.tokens, **g)
     found["truncated_log_softmax"] = lambda p, x, y, g: f.truncated_log_softmax(x, 0.7, **g)
     for name, filters in FILTERS.items():
@@ -237,11 +245,37 @@ def work(rank, world):
     return verdicts
 
 
-verdicts_of = functools.cache(lambda world: results_of(work, world, world))
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_the_threshold_search_finds_every_number(dtype):
+    """Of any sign and size, between the lowest number and any maximum, within the promised rounds."""
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    sizes = torch.tensor([0, 1e-45, 1e-7, 0.3, 1, 1.5, 2, 4, 1e4, 3e38], dtype=torch.float64)
+    values = torch.cat((sizes, -sizes, torch.randn(50, dtype=torch.float64) * 3))
+    values = values.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    wanted, last = (x.flatten().to(dtype) for x in torch.meshgrid(values, values, indexing="ij"))
+    wanted, last = wanted.minimum(last), wanted.maximum(last).to(wide)
+    rounds = []
+
+    def holds(pivots):
+        rounds.append(pivots)
+        return pivots <= wanted.to(wide).unsqueeze(-1)
+
+    found = vocab_parallel._largest(holds, torch.full_like(last, torch.finfo(wide).min), last, dtype)
+    below = torch.nextafter(wanted.cpu(), torch.full_like(wanted, -torch.inf))
+    assert ((below.to(wide) < found) & (found <= wanted.to(wide))).all()  # the same numbers of this dtype are above
+    assert len(rounds) == {torch.float64: 13, torch.float32: 7, torch.bfloat16: 4, torch.float16: 4}[dtype]
+
+
 NAMES = [f"{name}, {dtype}" for dtype in DTYPES for name in cases()] + [f"{name}, {torch.float32}" for name in heads()]
 
 
+@pytest.fixture(scope="module", params=CUTS)
+def verdicts(request):
+    """Of each rank, of every case."""
+    return results_of(work, request.param, request.param)
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("world", CUTS)
-def test_shards_give_what_whole_rows_give(world, name):
-    assert [verdicts[name] for verdicts in verdicts_of(world)] == [None] * world
+def test_shards_give_what_whole_rows_give(name, verdicts):
+    assert [of_rank[name] for of_rank in verdicts] == [None] * len(verdicts)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdkernels import _check
 from sdkernels.rows import layout
 
 
@@ -41,7 +40,8 @@ def gradient_operators(fill: Callable[..., None]) -> Callable[..., Tensor]:
     def gradient(rows: Tensor, *others: Any, inplace: bool = False) -> Tensor:
         if not inplace:
             return make(rows, *others)
-        _check.only_once("inplace=True")
+        if torch.is_grad_enabled():
+            raise RuntimeError("inplace=True gives gradients that cannot be differentiated again (create_graph=True)")
         overwrite(rows, *others)
         return rows.detach()
 

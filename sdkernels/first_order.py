@@ -1,0 +1,39 @@
+"""Gradients that are constants to autograd: to differentiate them again raises, and is not 0 without a word."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Constant(torch.autograd.Function):
+    """A gradient, tied to what it was made of."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> None:
+        raise RuntimeError("the gradients of sdkernels cannot be differentiated again")
+
+
+def first_order(backward: Callable[..., Sequence[Tensor | None]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """An autograd function's backward whose gradients cannot be differentiated again (create_graph=True).
+
+    PyTorch's `once_differentiable` raises only if the upstream gradients are to be differentiated.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()
+        sources = [x for x in (*ctx.saved_tensors, *upstream) if x is not None and x.requires_grad] if again else []
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        return tuple(_Constant.apply(x, *sources) if again and x is not None else x for x in gradients)
+
+    return wrapped
