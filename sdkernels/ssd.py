@@ -227,6 +227,8 @@ def _terms(
             raise TypeError(f"base must be a torch.Tensor or a Support, got {type(base).__name__}")
         _check.same_logits("base", base, student_logits)
         base_rows = as_rows(base.detach())
+        if shard is not None:
+            base_rows = pairs.as_exact(base_rows, student)
         if filters.active:
             found = rows_support(base_rows, kept_rows, scaling, filters, LISTED, shard=shard)
             support = (found.threshold, found.size, found.token_ids, found.log_probs)

@@ -32,6 +32,11 @@ class Sums(NamedTuple):
     max: Tensor
 
 
+def as_exact(rows: Tensor, student: Tensor) -> Tensor:
+    """Rows beside the student's, in float64 if those are: what shards say of themselves is in their own arithmetic."""
+    return rows.double() if student.dtype == torch.float64 else rows
+
+
 def _normalisers(sides: list[Tensor], keep: Tensor, scaling: Scaling) -> list[Tensor]:
     """Maximum and log sum of each side's local rows."""
     none = torch.where(keep, 0, -100)

@@ -47,6 +47,8 @@ class Problem:
     def __init__(self, dtype, world):
         torch.manual_seed(0)
         self.student, self.teacher = (torch.randn(B, T, V).mul(3).round(decimals=1).to(dtype) for _ in range(2))
+        if dtype == torch.float64:
+            self.teacher = self.teacher.float()  # distributions of two rows are computed in float64 all the same
         self.student[0, 0, : CUTS[world][1]] = -torch.inf
         self.ids, self.advantages = torch.randint(V, (B, T)), torch.randn(B)
         self.ids[0, 0], self.ids[0, 1] = V - 1, -100
@@ -82,12 +84,12 @@ def cases():
     found["grpo_loss"] = lambda p, x, y, g: f.grpo_loss(
         x, p.ids, p.advantages, temperature=p.temperature, **p.tokens, **g
     )
-    found["rlsd_loss"] = lambda p, x, y, g: f.rlsd_loss(x, y, p.ids, p.advantages, lam=0.5, **p.tokens, **g)
+    found["rlsd_loss"] = lambda p, x, y, g: f.rlsd_loss(x, y.to(x), p.ids, p.advantages, lam=0.5, **p.tokens, **g)
     found["rlsd_loss of log-probs"] = lambda p, x, y, g: f.rlsd_loss(
         x, -torch.ones(B, T), p.ids, p.advantages, lam=0.5, **p.tokens, **g
     )
     found["rlsd_token_advantage"] = lambda p, x, y, g: f.rlsd_token_advantage(
-        x, y, p.ids, p.advantages, lam=0.5, **p.tokens, **g
+        x, y.to(x), p.ids, p.advantages, lam=0.5, **p.tokens, **g
     )
     found["ssd_loss"] = lambda p, x, y, g: f.ssd_loss(x, y, 1.6, **p.tokens, **g)
     found["ssd_loss of a Support"] = lambda p, x, y, g: f.ssd_loss(x, p.recorded, 1.6, **p.tokens, **g)
