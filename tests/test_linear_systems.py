@@ -191,6 +191,7 @@ def test_gradient_checkpointing(function, reentrant, device):
         assert_same_bits(saved, plain)
 
 
+@no_kernel
 @pytest.mark.parametrize("function", LOSSES)
 def test_hooks_of_the_caller_do_not_see_the_graph_of_a_chunk(function, device):
     """Checkpointing that recomputes to the end, in many chunks; and how many matmuls it takes."""

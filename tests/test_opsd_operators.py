@@ -50,7 +50,8 @@ def test_row_divergence_and_its_gradient_pass_opcheck(clip, divergence, device):
 def test_reduced_rows_and_their_gradient_pass_opcheck(layout, by_teacher, tail, device):
     student, teacher, mask, temperatures = sides(device, layout)
     every = torch.ones_like(mask)
-    for kept, places, scaling in ((None, 5, (0.7, None)), (mask, 5, (1.0, temperatures)), (None, V - 1, (0.7, None))):
+    every_way = ((mask, 5, (1.0, temperatures)), (None, 5, (0.7, None)), (None, V - 1, (0.7, None)))
+    for kept, places, scaling in few(every_way):
         ids = top_ids(teacher if by_teacher else student.detach(), every if kept is None else kept, places)
         arguments = (teacher, ids, by_teacher, tail, kept, *scaling)
         torch.library.opcheck(OPS.reduced_rows.default, (student, *arguments))
