@@ -23,17 +23,19 @@ class _Constant(torch.autograd.Function):
 
 
 def first_order(backward: Callable[..., Sequence[Tensor | None]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """An autograd function's backward whose gradients cannot be differentiated again (create_graph=True).
+    """An autograd function's `backward(ctx, saved, *upstream)` with gradients that cannot be differentiated again.
 
-    PyTorch's `once_differentiable` raises only if the upstream gradients are to be differentiated.
+    `saved()` are the saved tensors, which hooks may let be unpacked only once. PyTorch's `once_differentiable` raises
+    only if the upstream gradients are to be differentiated.
     """
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        again = torch.is_grad_enabled()
-        sources = [x for x in (*ctx.saved_tensors, *upstream) if x is not None and x.requires_grad] if again else []
-        with torch.no_grad():
-            gradients = backward(ctx, *upstream)
-        return tuple(_Constant.apply(x, *sources) if again and x is not None else x for x in gradients)
+        if not torch.is_grad_enabled():
+            return tuple(backward(ctx, lambda: ctx.saved_tensors, *upstream))
+        saved = ctx.saved_tensors
+        sources = [x for x in (*saved, *upstream) if x is not None and x.requires_grad]
+        gradients = backward(ctx, lambda: saved, *upstream)
+        return tuple(None if x is None else _Constant.apply(x, *sources) for x in gradients)
 
     return wrapped

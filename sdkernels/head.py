@@ -165,7 +165,7 @@ def _logits_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None) -> 
 
 def _saved_as_they_are() -> Any:
     """No hooks on what autograd saves: those of the caller, as of checkpointing, are not for the graph of a chunk."""
-    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
+    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:  # there are none, nor may be
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
@@ -308,15 +308,15 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, on_total, *_):
+    def backward(ctx, saved, on_total, *_):
         if on_total is None:
             return (None,) * len(ctx.needs_input_grad)
         formed, ctx.formed = ctx.formed, None  # handed out: another backward forms them again
         if formed is not None:
             return _for_inputs(ctx, [x.mul_(on_total) for x in formed])
-        *saved, factor = ctx.saved_tensors
+        *inputs, factor = saved()
         upstream = [factor * on_total if not i else None for i in range(len(FAMILIES[ctx.function].results))]
-        return _for_inputs(ctx, _swept_gradients(ctx, saved, upstream))
+        return _for_inputs(ctx, _swept_gradients(ctx, inputs, upstream))
 
 
 class _Results(torch.autograd.Function):
@@ -336,10 +336,10 @@ class _Results(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, *upstream):
+    def backward(ctx, saved, *upstream):
         if all(x is None for x in upstream):
             return (None,) * len(ctx.needs_input_grad)
-        return _for_inputs(ctx, _swept_gradients(ctx, ctx.saved_tensors, upstream))
+        return _for_inputs(ctx, _swept_gradients(ctx, saved(), upstream))
 
 
 def fused(

@@ -31,7 +31,10 @@ class Call:
         self.shape = hidden.shape[:-1]
         self.logits = hidden.detach().new_zeros(1).expand(*self.shape, weight.shape[0])  # stands in for checks
         cap = _check.above("softcap", softcap, 0)
-        capped = cap is not None and cap <= torch.finfo(torch.float32).max
+        normal = torch.finfo(torch.float32)
+        if cap is not None and cap < normal.tiny:
+            raise ValueError(f"softcap must be >= {normal.tiny:.3g}, the smallest normal float32, got {softcap}")
+        capped = cap is not None and cap <= normal.max
         scale = _check.finite("logit_scale", logit_scale)
         self.values: dict[str, Any] = {"logit_scale": scale, "softcap": cap if capped else 0.0}
         self.chunk_size = None if chunk_size is None else _check.integer("chunk_size", chunk_size, 1)

@@ -172,7 +172,7 @@ def opsd_loss(
     scaling = kernel_temperature(temperature, shape, cu_seqlens)
     shard = shard_of(group, vocab_start, student_logits)
     if shard is not None:
-        teacher = pairs.as_exact(teacher, student)
+        teacher = pairs.matching_float64(teacher, student)
     if shard is not None and places > 0:
         student, teacher = pairs.reduced(student, teacher, places, by_teacher, tail, kept_rows, scaling, shard, inplace)
     elif 0 < places < vocab:
@@ -244,7 +244,7 @@ def opsd_decomposition(
     if shard is not None:
         every = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
         keep = every if kept_rows is None else kept_rows
-        terms = pairs.information(student, pairs.as_exact(teachers, student), keep, scaling, shard)
+        terms = pairs.information(student, pairs.matching_float64(teachers, student), keep, scaling, shard)
     else:
         terms = row_information(student, teachers, kept_rows, *scaling)
     return OPSDTerms(*(x.reshape(shape).to(dtype) for x in terms))

@@ -228,7 +228,7 @@ def _terms(
         _check.same_logits("base", base, student_logits)
         base_rows = as_rows(base.detach())
         if shard is not None:
-            base_rows = pairs.as_exact(base_rows, student)
+            base_rows = pairs.matching_float64(base_rows, student)
         if filters.active:
             found = rows_support(base_rows, kept_rows, scaling, filters, LISTED, shard=shard)
             support = (found.threshold, found.size, found.token_ids, found.log_probs)

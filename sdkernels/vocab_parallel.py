@@ -65,7 +65,7 @@ def exchange(shard: Shard, columns: Sequence[Tensor], check: Callable[[int], Non
 
     `check` is told the size of the whole vocabulary, where values may be read.
     """
-    mine = torch.stack([x.double() for x in columns])
+    mine = torch.stack([x.detach().double() for x in columns])
     place = torch.tensor([shard.start, shard.size], dtype=torch.float64, device=mine.device)
     sent = torch.cat((mine.reshape(-1), place))
     received = sent.new_empty((shard.group.size(), len(sent)))
@@ -98,8 +98,8 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
+    def backward(ctx: Any, saved: Callable[[], Any], *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        (rows,) = saved()
         return ctx.gradient(rows, *upstream), None, *(None,) * len(upstream)
 
 
@@ -323,7 +323,7 @@ def _largest(holds: Callable[[Tensor], Tensor], first: Tensor, last: Tensor, dty
     bits = 64 if dtype == torch.float64 else 32 - shift
     for _ in range(-(-bits // 5)):
         width = high_order - low_order  # negative: beyond int64, as may be some pivots below
-        step = torch.where(width < 0, 1 << 59, (width + PIVOTS) // (PIVOTS + 1)).unsqueeze(-1)
+        step = torch.where(width < 0, 1 << 59, width // (PIVOTS + 1) + 1).unsqueeze(-1)
         low, high = low_order.unsqueeze(-1), high_order.unsqueeze(-1)
         pivots = low + steps * step
         pivots = torch.where(pivots < low, high, torch.minimum(pivots, high))

@@ -32,8 +32,8 @@ class Sums(NamedTuple):
     max: Tensor
 
 
-def as_exact(rows: Tensor, student: Tensor) -> Tensor:
-    """Rows beside the student's, in float64 if those are: what shards say of themselves is in their own arithmetic."""
+def matching_float64(rows: Tensor, student: Tensor) -> Tensor:
+    """Rows beside the student's, in float64 if those are: as the row operators compute a pair, so must its shards."""
     return rows.double() if student.dtype == torch.float64 else rows
 
 
@@ -64,8 +64,11 @@ def ssd_sums(
         live = (ids >= 0) & keep.unsqueeze(-1)
         places, inside = shard.local(ids)
         z = shard.logits(student, ids).where(live, torch.nan)
-        listed = lambda vocab: _check.support_id_values("base.token_ids", ids, keep, vocab)  # noqa: E731
-        m, log_sum, *received = exchange(shard, [*columns, *z.unbind(-1)], listed)
+
+        def check(vocab: int) -> None:
+            _check.support_id_values("base.token_ids", ids, keep, vocab)
+
+        m, log_sum, *received = exchange(shard, [*columns, *z.unbind(-1)], check)
         top, log_sum, _ = merged(m, log_sum, 1.0)
         sums = _listed_sums(torch.stack(received, -1), log_q.double(), live, t)
         base_log_sum, base_max = torch.zeros_like(log_sum), torch.zeros_like(top)

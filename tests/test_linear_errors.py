@@ -54,6 +54,8 @@ SHARED = [
     (ValueError, "softcap must be > 0, got 0", {"options": {"softcap": 0.0}}),
     (ValueError, "softcap must be > 0, got -3", {"options": {"softcap": -3}}),
     (ValueError, "softcap must be > 0, got nan", {"options": {"softcap": math.nan}}),
+    (ValueError, "softcap must be >= 1.18e-38, the smallest normal float32, got 1e-46",
+     {"options": {"softcap": 1e-46}}),
     (TypeError, "softcap must be a number, got str", {"options": {"softcap": "30"}}),
     (TypeError, "softcap must be a number, got bool", {"options": {"softcap": True}}),
     (TypeError, "logit_scale must be a number, got Tensor", {"options": {"logit_scale": torch.ones(())}}),

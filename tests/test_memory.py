@@ -199,6 +199,7 @@ def test_a_linear_loss_allocates_the_weight_s_gradient_and_a_chunk_of_logits(nam
     assert allocated == [weight.numel() * 4] * (not frozen) + [sides * chunk * V * 4]
 
 
+OF_A_TEACHER = [name for name in IN_PLACE if name not in ("grpo_loss", "ssd_loss, a long Support")]
 LAYOUTS = ("contiguous", "time_major", "padded_vocabulary", "misaligned", "every_other_token")
 
 
@@ -212,7 +213,7 @@ def test_in_place_writes_the_same_gradient_over_the_logits(name, dtype, layout, 
     assert gradient.data_ptr() == arguments[0].data_ptr()
 
 
-@pytest.mark.parametrize(("name", "dtype"), few(itertools.product(IN_PLACE, nasty.DTYPES), 5), ids=str)
+@pytest.mark.parametrize(("name", "dtype"), few(itertools.product(OF_A_TEACHER, nasty.DTYPES), 5), ids=str)
 def test_in_place_may_overwrite_a_teacher_that_is_the_student(name, dtype, device):
     student, _, *others = problem(dtype, device)
     (expected,) = torch.autograd.grad(IN_PLACE[name](student, student.detach().clone(), *others), student)

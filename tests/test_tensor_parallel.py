@@ -95,6 +95,21 @@ def test_gradients_of_shards_cannot_be_differentiated_again(name, group):
         (output[0].sum() + first.square().sum()).backward()
 
 
+@pytest.mark.parametrize("function", [
+    lambda x, y, i, g: rlsd_loss(x, y, i, torch.ones(B), **g).loss,
+    lambda x, y, i, g: ssd_loss(x, y, 1.6, **g).loss,
+    lambda x, y, i, g: opsd_loss(x, y, **g).loss,
+    lambda x, y, i, g: opsd_loss(x, y, top_k=5, **g).loss,
+])  # fmt: skip
+def test_in_place_refuses_create_graph_before_it_writes(function, group):
+    student, teacher, ids = torch.randn(B, T, V), torch.randn(B, T, V), torch.randint(V, (B, T))
+    for sharding in ({}, {"group": group}):
+        leaf = student.clone().requires_grad_()
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(function(leaf, teacher, ids, {**sharding, "inplace": True}), leaf, create_graph=True)
+        assert torch.equal(leaf.detach(), student)
+
+
 def test_a_sharded_tensor_itself_is_refused(group):
     mesh = dist.init_device_mesh("cpu", (1,))
     logits = torch.distributed.tensor.distribute_tensor(torch.randn(B, T, V), mesh)

@@ -217,7 +217,7 @@ def check_head(function, problem, columns, sharding):
         results.append(flat(function(problem, hidden, weight, options)))
         sums.append(upstream_sum(results[-1], part, 1))
         leaves.append((hidden, weight))
-    truth, plain, mine = results
+    truth, _, mine = results
     for name, value in mine.items():
         if why := too_far("loss", value, truth[name]):  # matmuls in float32: relative
             return f"{name}: {why}"
@@ -252,7 +252,8 @@ def test_the_threshold_search_finds_every_number(dtype):
     """Of any sign and size, between the lowest number and any maximum, within the promised rounds."""
     torch.manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
-    sizes = torch.tensor([0, 1e-45, 1e-7, 0.3, 1, 1.5, 2, 4, 1e4, 3e38], dtype=torch.float64)
+    sizes = (0, 5e-324, 2.225073858507201e-308, 1e-45, 1e-7, 0.3, 1, 1.5, 2, 4, 5, 1e4, 3e38, 1.7e308)
+    sizes = torch.tensor(sizes, dtype=torch.float64)
     values = torch.cat((sizes, -sizes, torch.randn(50, dtype=torch.float64) * 3))
     values = values.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     wanted, last = (x.flatten().to(dtype) for x in torch.meshgrid(values, values, indexing="ij"))

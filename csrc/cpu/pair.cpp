@@ -90,7 +90,7 @@ void set_zero(int64_t row, const PairResults& results) {
 void listed_gradient(const Kernels& kernels, const RowView& student, const Pair& pair, const PairCoefficients& c,
                      const RowView& grad, int64_t row) {
   const int64_t begin = row * pair.capacity;
-  std::vector<double> logits(pair.capacity);  // which the gradient may be written over
+  std::vector<double> logits(pair.capacity);  // read first: in place, the gradient overwrites them
   for (int64_t i = 0; i < pair.capacity; ++i) {
     const int64_t id = pair.token_ids[begin + i];
     if (0 <= id && id < student.vocab) logits[i] = element(student, row, id);
