@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdkernels import _check
 from sdkernels.evidence import Weighing, checked_weighing, evidence_advantage
-from sdkernels.grpo import check_policy_options, policy_loss
+from sdkernels.grpo import GRPOOutput, check_policy_options, policy_loss
 from sdkernels.modules import LossModule
 from sdkernels.reductions import over_tokens
 from sdkernels.rows import evidence as rows_evidence
@@ -289,7 +289,7 @@ def lambda_schedule(step: int, *, peak: float = 0.5, warmup_steps: int = 0, deca
 
 
 def rlsd_metrics(
-    output: RLSDOutput,
+    output: RLSDOutput | GRPOOutput,
     mask: Tensor | None = None,
     *,
     clip_range: float | tuple[float, float] = 0.2,
@@ -297,6 +297,8 @@ def rlsd_metrics(
     epsilon_high: float = 0.2,
 ) -> dict[str, Tensor]:
     """What to log of an `rlsd_loss`: 0-dim tensors, means over the tokens where `mask` is non-zero (None: all of them).
+
+    Of a `grpo_loss`, the keys that do not speak of a teacher.
 
     Keys: ``evidence_clipped_below`` and ``evidence_clipped_above``, the shares of tokens with w < 1 - below and
     w > 1 + above (the paper's clip ratio, 3 to 6%); ``ratio_clipped_below`` and ``ratio_clipped_above``, those with
@@ -308,19 +310,22 @@ def rlsd_metrics(
     below, above = _check.clip_range(clip_range)
     _check.at_least("epsilon_low", epsilon_low, 0)
     _check.at_least("epsilon_high", epsilon_high, 0)
-    _check.mask("mask", mask, output.weight.shape, output.weight)
-    keep = torch.ones_like(output.weight, dtype=torch.bool) if mask is None else mask != 0
-    count = keep.sum().clamp(min=1)
     ratio = output.ratio
+    _check.mask("mask", mask, ratio.shape, ratio)
+    keep = torch.ones_like(ratio, dtype=torch.bool) if mask is None else mask != 0
+    count = keep.sum().clamp(min=1)
     per_token = {
-        "evidence_clipped_below": output.weight < 1 - below,
-        "evidence_clipped_above": output.weight > 1 + above,
         "ratio_clipped_below": ratio < 1 - epsilon_low,
         "ratio_clipped_above": ratio > 1 + epsilon_high,
-        "information_gain_abs": output.information_gain.abs(),
-        "entropy": output.student_entropy.detach(),
+        "entropy": (output.entropy if isinstance(output, GRPOOutput) else output.student_entropy).detach(),
         "approx_kl": torch.where(ratio == torch.inf, ratio, ratio - 1 - ratio.log()),
     }
+    if isinstance(output, RLSDOutput):
+        per_token |= {
+            "evidence_clipped_below": output.weight < 1 - below,
+            "evidence_clipped_above": output.weight > 1 + above,
+            "information_gain_abs": output.information_gain.abs(),
+        }
     return {name: torch.where(keep, value, 0).sum(dtype=ratio.dtype) / count for name, value in per_token.items()}
 
 

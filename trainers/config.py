@@ -1,0 +1,152 @@
+"""Options: what both trainers share, and how a YAML file and a command line become a dataclass."""
+
+import argparse
+import difflib
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+Config = TypeVar("Config", bound="TrainerConfig")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a line for ``--help``."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """Shared by all trainers. Counts of prompts and sequences are of the whole run, not of one process."""
+
+    output_dir: str = option("runs/latest", "where checkpoints, metrics, completions and plots go")
+    resume: bool = option(False, "go on from the last checkpoint in output_dir, or from the start if there is none")
+    seed: int = option(0, "of data order, sampling and dropout")
+    testbed: Literal["arithmetic", "stdlib"] | None = option(None, "make the model and data of a testbed; no download")
+    testbed_dir: str = option("runs/testbeds", "where testbeds are kept once made")
+
+    model_name_or_path: str | None = option(None, "a Hugging Face name or a directory")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights")
+    bf16: bool = option(False, "compute in bfloat16 by autocast")
+    attn_implementation: str | None = option(
+        None, "default: flash_attention_2 where flash-attn is installed, else sdpa"
+    )
+    use_liger_kernel: bool = option(False, "Liger's layer kernels (CUDA)")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward")
+    lora_r: int = option(0, "rank of LoRA adapters; 0 trains all weights")
+    lora_alpha: int = option(32, "LoRA's alpha")
+    lora_target_modules: list[str] = option(["all-linear"], "modules that LoRA adapts")
+    fsdp: bool = option(False, "shard weights with FSDP2 instead of replicating them with DDP")
+
+    train_dataset: str | None = option(
+        None, "a .jsonl, .json, .csv or .parquet file, or a name for datasets.load_dataset"
+    )
+    eval_dataset: str | None = option(None, "likewise; without it nothing is evaluated")
+    dataset_config: str | None = option(None, "configuration of a named dataset")
+    train_split: str = option("train", "split of a named train_dataset")
+    eval_split: str = option("test", "split of a named eval_dataset")
+    prompt_column: str = option("prompt", "column of the prompt: text, or chat messages")
+    reference_column: str = option("reference", "column of what the verifier compares with: an answer, or tests")
+    solutions_column: str = option("solutions", "column of worked solutions: text, or a list of texts; need not exist")
+    images_column: str = option("images", "column of images or their paths; need not exist")
+    verifier_column: str = option("verifier", "column of a verifier per row; need not exist")
+    as_chat: bool = option(False, "make prompts that are text one user turn of the model's chat template")
+    system_prompt: str | None = option(None, "first turn of chats that have no system turn")
+    max_prompt_length: int | None = option(None, "prompts of more tokens are left out, counted and reported")
+    max_completion_length: int = option(512, "tokens a response may have, EOS included")
+
+    verifier: str = option("numeric", "exact, numeric, python, or your.module:function, for rows that name none")
+    verifier_workers: int = option(2, "processes that verify")
+    verifier_timeout: float = option(30.0, "seconds after which a verification counts as failed")
+
+    use_vllm: bool = option(False, "sample with vLLM, in this process")
+    vllm_gpu_memory_utilization: float = option(0.3, "share of the GPU's memory that vLLM takes")
+    per_device_generation_batch_size: int = option(64, "sequences sampled at a time by transformers")
+
+    max_steps: int = option(100, "steps of the trainer")
+    per_device_train_batch_size: int = option(8, "sequences per forward; changes memory and speed, not the result")
+    learning_rate: float = option(1e-6, "peak learning rate of AdamW")
+    lr_scheduler_type: str = option("constant_with_warmup", "name of a transformers schedule")
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    adam_beta1: float = option(0.9, "AdamW's beta1")
+    adam_beta2: float = option(0.95, "AdamW's beta2")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    head: Literal["fused", "logits", "reference"] = option(
+        "fused", "losses from hidden states; from logits in memory; or plain PyTorch, to compare with"
+    )
+
+    eval_steps: int = option(20, "evaluate every so many steps")
+    save_steps: int = option(50, "checkpoint every so many steps, and at the end")
+    save_total_limit: int = option(2, "checkpoints that are kept")
+    completions_steps: int = option(20, "print and store sample completions every so many steps; 0 never")
+    report_to: list[str] = option([], "tensorboard, trackio; metrics.jsonl is always written")
+    run_name: str | None = option(None, "name for trackio; default: the last part of output_dir")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before anything is loaded."""
+        if (self.model_name_or_path is None or self.train_dataset is None) and self.testbed is None:
+            raise ValueError("give --model_name_or_path and --train_dataset, or --testbed")
+        for name in ("max_completion_length", "per_device_train_batch_size", "per_device_generation_batch_size",
+                     "max_steps", "eval_steps", "save_steps", "save_total_limit", "verifier_workers"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", "bf16" if self.bf16 else "no"):
+            raise ValueError(
+                "precision is this program's option: give --bf16 instead of accelerate's --mixed_precision"
+            )
+        unknown = set(self.report_to) - {"tensorboard", "trackio"}
+        if unknown:
+            raise ValueError(f"report_to knows tensorboard and trackio, got {sorted(unknown)}")
+
+
+def parse(config_class: type[Config], argv: list[str], description: str) -> Config:
+    """The config that `argv` describes; ``--config file.yaml`` gives values which the other arguments override.
+
+    A wrong option or value ends the program with a message that names it, and for the file its name.
+    """
+    parser = HfArgumentParser(config_class, description=description)
+    parser.add_argument("--config", help="YAML file with any of these options")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path, given = finder.parse_known_args(argv)
+    try:
+        in_file = _yaml_arguments(Path(path.config), config_class) if path.config else []
+        if in_file:  # alone first, so that what is wrong in it is blamed on it
+            prog, parser.prog = parser.prog, f"{parser.prog}: {path.config}"
+            parser.parse_args(in_file)
+            parser.prog = prog
+        (config, _) = parser.parse_args_into_dataclasses([*in_file, *given], look_for_args_file=False)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return config
+
+
+def _yaml_arguments(path: Path, config_class: type) -> list[str]:
+    """The options of a YAML file as command-line arguments, so that both are read and checked alike."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold options as `name: value`")
+    known = [entry.name for entry in fields(config_class)]
+    arguments: list[str] = []
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise ValueError(
+                f"{path}: there is no option {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+        if value is None or isinstance(value, dict):
+            raise ValueError(f"{path}: {name} has no value; leave it out for the default")
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)] if value else []  # argparse has no empty list
+        else:
+            arguments.append(f"--{name}={value}")
+    return arguments

@@ -1,0 +1,162 @@
+"""Sampling responses, with transformers or with vLLM.
+
+A response depends on its own seed, not on the batch or the process that it is sampled in: runs on one and on several
+processes, and runs that were resumed, sample the same.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from sdkernels import truncated_log_softmax
+from trainers.config import TrainerConfig
+from trainers.policy import full_weights, inference, unwrapped
+from trainers.processes import device
+from trainers.prompts import Prompt, stack_media
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to decode; temperature 0 is greedy. Filters are those of `sdkernels.truncated_log_softmax`."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+class Response(NamedTuple):
+    """Sampled tokens, EOS included unless the response was cut off at the limit."""
+
+    token_ids: list[int]
+    finished: bool
+
+
+class SeededSampler(LogitsProcessor):
+    """Leaves one token of each row: the one in which that row's next uniform number falls, by inverse CDF."""
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, prompt_length: int, max_tokens: int) -> None:
+        draws = [torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.uniforms = torch.stack(draws).to(device())  # (B, max_tokens)
+        self.sampling = sampling
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores` (B, V) with -inf for all but the sampled token."""
+        if self.sampling.temperature == 0:
+            chosen = scores.argmax(-1, keepdim=True)
+        else:
+            s = self.sampling
+            log_q = truncated_log_softmax(scores.float(), s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+            mass = log_q.exp().double().cumsum(-1)
+            at = input_ids.shape[1] - self.prompt_length
+            uniform = self.uniforms[:, at : at + 1].double()
+            chosen = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+class Generator:
+    """Samples from a policy with its current weights."""
+
+    def __init__(self, config: TrainerConfig, tokenizer: Any) -> None:
+        self.max_tokens = config.max_completion_length
+        self.batch_size = config.per_device_generation_batch_size
+        self.pad = tokenizer.pad_token_id
+        self.eos = [tokenizer.eos_token_id]
+        self.vllm = _VLLM(config) if config.use_vllm else None
+
+    def __call__(
+        self, policy: nn.Module, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Response]:
+        """One response per prompt and seed, in their order. Processes of one run must call it with as many prompts."""
+        if self.vllm is not None:
+            return self.vllm(policy, prompts, seeds, sampling)
+        responses: list[Response | None] = [None] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))  # so that little is padding
+        with inference(policy):
+            for rows in _chunks(order, self.batch_size):
+                found = policy(self._sample, [prompts[i] for i in rows], [seeds[i] for i in rows], sampling)
+                for row, response in zip(rows, found, strict=True):
+                    responses[row] = response
+        return responses
+
+    def _sample(
+        self, model: nn.Module, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Response]:
+        width = max(len(prompt.token_ids) for prompt in prompts)
+        padded = [[self.pad] * (width - len(p.token_ids)) + p.token_ids for p in prompts]
+        kept = [[0] * (width - len(p.token_ids)) + [1] * len(p.token_ids) for p in prompts]
+        media = stack_media(prompts, width, left=True)
+        sampler = SeededSampler(seeds, sampling, width, self.max_tokens)
+        eos = _ids(unwrapped(model).generation_config.eos_token_id) or self.eos
+        sequences = model.generate(
+            input_ids=torch.tensor(padded, device=device()),
+            attention_mask=torch.tensor(kept, device=device()),
+            **media,
+            logits_processor=LogitsProcessorList([sampler]),
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=self.max_tokens, pad_token_id=self.pad, eos_token_id=eos,
+                repetition_penalty=1.0, no_repeat_ngram_size=0,
+            ),
+            synced_gpus=any(isinstance(module, FSDPModule) for module in model.modules()),
+        )  # fmt: skip
+        return [_until_eos(row, set(eos)) for row in sequences[:, width:].tolist()]
+
+
+def _until_eos(token_ids: list[int], eos: set[int]) -> Response:
+    for position, token in enumerate(token_ids):
+        if token in eos:
+            return Response(token_ids[: position + 1], True)
+    return Response(token_ids, False)
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+class _VLLM:
+    """vLLM in this process, beside the policy whose weights it is given before every call."""
+
+    def __init__(self, config: TrainerConfig) -> None:
+        import vllm
+
+        if config.lora_r:
+            raise ValueError("use_vllm needs whole weights: adapters (lora_r) cannot be handed over")
+        self.vllm = vllm
+        self.max_tokens = config.max_completion_length
+        self.engine = vllm.LLM(
+            model=config.model_name_or_path,
+            dtype="bfloat16" if config.bf16 else config.dtype,
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            distributed_executor_backend="external_launcher",
+            seed=config.seed,
+        )
+
+    def __call__(
+        self, policy: nn.Module, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Response]:
+        """As `Generator.__call__`."""
+        if any(prompt.media for prompt in prompts):
+            raise ValueError("use_vllm samples from text alone; these prompts have images")
+        worker = self.engine.llm_engine.model_executor.driver_worker.model_runner.model
+        worker.load_weights(full_weights(policy).items())
+        asked = [
+            self.vllm.SamplingParams(
+                temperature=sampling.temperature, top_k=sampling.top_k or 0, top_p=sampling.top_p or 1.0,
+                min_p=sampling.min_p or 0.0, max_tokens=self.max_tokens, seed=seed, detokenize=False,
+            )
+            for seed in seeds
+        ]  # fmt: skip
+        ids = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
+        outputs = [output.outputs[0] for output in self.engine.generate(ids, asked, use_tqdm=False)]
+        return [Response(list(output.token_ids), output.finish_reason == "stop") for output in outputs]

@@ -1,0 +1,349 @@
+"""RLSD and its baselines on verifiable rewards: GRPO, OPSD, SDPO and GRPO + OPSD.
+
+    python -m trainers.rlsd --config trainers/configs/rlsd_arithmetic.yaml --method rlsd
+    torchrun --nproc_per_node 8 -m trainers.rlsd --model_name_or_path Qwen/Qwen3-4B --train_dataset train.jsonl --bf16
+
+A step samples `num_generations` responses to each of `num_prompts` prompts, has them verified, and normalises rewards
+within each group to advantages. A teacher, the same network reading the prompt with privileged information, scores the
+same responses. Then come `num_iterations` passes of `num_minibatches` optimizer steps each.
+"""
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sdkernels import lambda_schedule, opsd_decomposition, rlsd_metrics
+from trainers import checkpoint
+from trainers.config import TrainerConfig, option, parse
+from trainers.data import Example, batch_of, load_examples, seed_of
+from trainers.generation import Sampling
+from trainers.losses import Side, call
+from trainers.policy import (
+    Teacher,
+    accumulating,
+    check_head,
+    copy_of,
+    inference,
+    load_model,
+    optimizer_for,
+    optimizer_step,
+    response_side,
+    wrapped,
+)
+from trainers.processes import gathered, processes, rank, share, summed, world_size
+from trainers.prompts import Batch, Encoder, Privilege, by_length, privileged
+from trainers.rollouts import Environment, Rollout, summary
+from trainers.testbeds import with_testbed
+from trainers.tracking import Tracker, open_output, plot
+
+# What the papers use (RLSD section 5.1, OPSD, SDPO's code); an option that is given takes precedence.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "rlsd": {"teacher": "frozen", "teacher_sync_steps": 10, "privilege": "answer"},
+    "grpo": {"teacher": "live"},
+    "opsd": {"teacher": "frozen", "privilege": "solution", "divergence": "forward_kl"},
+    "sdpo": {"teacher": "ema", "privilege": "rollout", "divergence": "jsd"},
+    "grpo+opsd": {"teacher": "frozen", "privilege": "solution", "divergence": "forward_kl"},
+}
+PLOTTED = ("reward", "eval/reward", "entropy", "evidence_clipped", "information_gain_abs", "ratio_clipped",
+           "leakage/mutual_information", "leakage/total", "divergence", "gradient_norm", "tokens_per_second")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class RLSDConfig(TrainerConfig):
+    """Options of `trainers.rlsd`."""
+
+    method: Literal["rlsd", "grpo", "opsd", "sdpo", "grpo+opsd"] = option("rlsd", "what is minimised")
+    num_prompts: int = option(16, "prompts per step")
+    num_generations: int = option(8, "responses per prompt: the group")
+    num_minibatches: int = option(1, "optimizer steps per pass over a step's responses")
+    num_iterations: int = option(1, "passes over a step's responses")
+    temperature: float = option(1.0, "of sampling and of the loss")
+    reduction: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = option("token-mean", "of the loss")
+    epsilon_low: float = option(0.2, "the importance ratio is clipped at 1 - epsilon_low")
+    epsilon_high: float = option(0.28, "and at 1 + epsilon_high")
+    scale_rewards: bool = option(True, "divide a group's centred rewards by their standard deviation")
+    rlsd_lambda: float = option(0.5, "weight of the evidence in a token's advantage")
+    rlsd_lambda_warmup_steps: int = option(0, "steps over which it rises from 0")
+    rlsd_lambda_decay_steps: int = option(50, "steps over which it then falls to 0; 0: it stays")
+    rlsd_clip_range: float = option(0.2, "evidence weights are clipped to 1 +- this")
+    evidence_from: Literal["current", "old"] = option("current", "the student's log-probs in the evidence ratio")
+    teacher: Literal["live", "frozen", "ema"] | None = option(
+        None, "the policy, a copy, or a moving average; by method"
+    )
+    teacher_sync_steps: int | None = option(None, "a frozen teacher takes the policy's weights every so often; 0 never")
+    teacher_ema_rate: float = option(0.05, "share of the policy in a step of the moving average")
+    privilege: Privilege | None = option(None, "what the teacher reads besides the prompt; by method")
+    privileged_template: str | None = option(None, "how it reads it, with {prompt} and {privileged}")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] | None = option(None, "of OPSD and SDPO; by method")
+    divergence_top_k: int | None = option(None, "on the student's k most probable tokens and a tail")
+    divergence_token_clip: float | None = option(None, "bound of a token's contribution")
+    opsd_weight: float = option(1.0, "weight of OPSD's loss in grpo+opsd")
+    eval_temperature: float = option(1.0, "of the responses that are evaluated, one per prompt")
+    leakage_steps: int = option(20, "measure what can leak every so many steps; 0 never")
+    leakage_prompts: int = option(4, "on so many responses per process")
+    leakage_samples: int = option(4, "under so many samples of the privileged information each")
+    leakage_tokens: int = option(256, "and on no more than so many tokens of each")
+
+    def __post_init__(self) -> None:
+        """The method's defaults, and what cannot work."""
+        super().__post_init__()
+        defaults = {"teacher_sync_steps": 0, "privilege": "answer", "divergence": "forward_kl"}
+        for name, value in {**defaults, **DEFAULTS[self.method]}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.num_generations < 2 and self.method != "opsd":
+            raise ValueError(f"num_generations must be at least 2 for a group, got {self.num_generations}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+
+def train(config: RLSDConfig) -> None:
+    """Train from the model, or from the last checkpoint, to `max_steps`."""
+    directory = open_output(config)
+    needs = {"answer": ["reference"], "solution": ["solutions"]}.get(config.privilege, [])
+    examples = load_examples(config, config.train_dataset, config.train_split, needs=needs)
+    held_out = load_examples(config, config.eval_dataset, config.eval_split) if config.eval_dataset else []
+    newest = checkpoint.last(directory) if config.resume else None
+    start = checkpoint.step_of(newest) if newest else 0
+
+    model, processor = load_model(config, newest)
+    encoder = Encoder(processor, config)
+    copied = wrapped(copy_of(model), config, trained=False) if config.teacher != "live" else None
+    policy = wrapped(model, config)
+    teacher = Teacher(policy, copied, config.teacher, config.teacher_sync_steps, config.teacher_ema_rate)
+    optimizer, rate = optimizer_for(policy, config)
+    if newest:
+        checkpoint.restore(newest, policy, optimizer, teacher)
+    policy(check_head, encoder.batch([encoder(examples[0])], [[0]]))
+
+    with (
+        Tracker(config, start, shown=("reward", "eval/reward", "entropy")) as tracker,
+        Environment(config, encoder) as environment,
+    ):
+        examples = encoder.short_enough(examples, config.max_prompt_length, tracker.say)
+        evaluated = Sampling(config.eval_temperature)
+        if held_out and not start:
+            tracker.log(0, {"eval/reward": environment.evaluate(policy, held_out, evaluated, config.seed)})
+        for step in range(start + 1, config.max_steps + 1):
+            began = time.perf_counter()
+            torch.manual_seed(seed_of(config.seed, step))
+            batch = batch_of(examples, config.num_prompts, step, config.seed)
+            groups = sample(policy, environment, config, batch, step)
+            metrics = summary(groups)
+            if config.leakage_steps and step % config.leakage_steps == 0:
+                metrics |= leakage(policy, teacher, encoder, config, groups)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * rate(step)
+            metrics |= update(policy, teacher, optimizer, encoder, config, groups, step)
+            teacher.follow(step)
+            metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
+            if held_out and (step % config.eval_steps == 0 or step == config.max_steps):
+                metrics["eval/reward"] = environment.evaluate(policy, held_out, evaluated, config.seed)
+            tracker.log(step, metrics)
+            if config.completions_steps and step % config.completions_steps == 0:
+                tracker.completions(step, gathered([rollout.row() for group in groups for rollout in group]))
+            if step % config.save_steps == 0 or step == config.max_steps:
+                checkpoint.save(directory, step, policy, optimizer, teacher, processor, config.save_total_limit)
+    if rank() == 0:
+        plot(directory, PLOTTED, f"{config.method} on {config.testbed or config.train_dataset}")
+
+
+def sample(
+    policy: nn.Module, environment: Environment, config: RLSDConfig, examples: Sequence[Example], step: int
+) -> list[list[Rollout]]:
+    """This process's groups: sampled, verified, with their advantages and what their teacher will read."""
+    size = config.num_generations
+    places = [place for place in share(range(len(examples)), block=config.num_minibatches) for _ in range(size)]
+    seeds = [seed_of(config.seed, step, place, i % size) for i, place in enumerate(places)]
+    sampling = Sampling(config.temperature)
+    rollouts = environment.rollouts(policy, [examples[place] for place in places], seeds, sampling)
+    groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+    for members in groups:
+        rewards = torch.tensor([rollout.verdict.reward for rollout in members])
+        spread = rewards.std() + 1e-6 if config.scale_rewards else 1.0
+        for rollout, advantage in zip(members, ((rewards - rewards.mean()) / spread).tolist(), strict=True):
+            rollout.advantage = advantage
+    for i, (seed, rollout) in enumerate(zip(seeds, rollouts, strict=True)):
+        if texts := privileges(config.privilege, rollout, groups[i // size]):
+            rollout.teacher_prompt = environment.encoder(
+                privileged(
+                    rollout.example, config.privilege, random.Random(seed).choice(texts), config.privileged_template
+                )
+            )
+    return groups
+
+
+def privileges(kind: Privilege, rollout: Rollout, group: Sequence[Rollout]) -> list[str]:
+    """What a teacher of this rollout may be told: any of these."""
+    if kind == "answer":
+        return [str(rollout.example.reference)]
+    if kind == "solution":
+        return list(rollout.example.solutions)
+    if kind == "feedback":
+        return [rollout.verdict.feedback] if rollout.verdict.feedback else []
+    best = max(other.verdict.reward for other in group)
+    return [other.text for other in group if other is not rollout and other.verdict.reward == best > 0]
+
+
+def update(
+    policy: nn.Module,
+    teacher: Teacher,
+    optimizer: Optimizer,
+    encoder: Encoder,
+    config: RLSDConfig,
+    groups: Sequence[Sequence[Rollout]],
+    step: int,
+) -> dict[str, float]:
+    """The optimizer steps on one step's rollouts; returns means over tokens."""
+    lam = lambda_schedule(
+        step - 1, peak=config.rlsd_lambda, warmup_steps=config.rlsd_lambda_warmup_steps,
+        decay_steps=config.rlsd_lambda_decay_steps,
+    )  # fmt: skip
+    reads_teacher = config.method != "grpo" and (config.method != "rlsd" or lam > 0)
+    if config.num_minibatches * config.num_iterations > 1:
+        score(policy, encoder, config, [rollout for group in groups for rollout in group])
+    totals: dict[str, Tensor] = {}
+    tokens, norms = 0, []
+    for minibatch in list(range(config.num_minibatches)) * config.num_iterations:
+        rollouts = [rollout for group in groups[minibatch :: config.num_minibatches] for rollout in group]
+        normalizers = [max(1.0, count) / world_size() for count in summed(counts(config, rollouts))]
+        parts = by_length(rollouts, config.per_device_train_batch_size, Rollout.length)
+        for i, part in enumerate(parts):
+            told = teacher.side(batch_for(encoder, part, of_teacher=True)) if reads_teacher else None
+            with accumulating(policy, more=i + 1 < len(parts)):
+                loss, metrics = policy(loss_of, config, part, batch_for(encoder, part), told, lam, normalizers)
+                loss.backward()
+            size = sum(map(Rollout.length, part))
+            tokens += size
+            totals = {name: totals.get(name, 0.0) + size * value for name, value in metrics.items()}
+        norms.append(optimizer_step(policy, optimizer, config.max_grad_norm))
+    tokens, *sums = summed([tokens, *map(float, totals.values())])
+    metrics = {name: value / tokens for name, value in zip(totals, sums, strict=True)}
+    for name in ("evidence_clipped", "ratio_clipped"):
+        if f"{name}_below" in metrics:
+            metrics[name] = metrics[f"{name}_below"] + metrics[f"{name}_above"]
+    rest = {"gradient_norm": sum(norms) / len(norms), "learning_rate": optimizer.param_groups[0]["lr"], "lambda": lam}
+    return {**metrics, **rest, "tokens": tokens / config.num_iterations}
+
+
+def counts(config: RLSDConfig, rollouts: Sequence[Rollout]) -> tuple[float, float]:
+    """What the reduction divides by, tokens or sequences: of all rollouts, and of those with a teacher."""
+    sizes = [rollout.length() if config.reduction == "token-mean" else 1 for rollout in rollouts]
+    return sum(sizes), sum(size for size, rollout in zip(sizes, rollouts, strict=True) if rollout.teacher_prompt)
+
+
+def loss_of(
+    model: nn.Module,
+    config: RLSDConfig,
+    rollouts: Sequence[Rollout],
+    batch: Batch,
+    teacher: Side | None,
+    lam: float,
+    normalizers: Sequence[float],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a micro-batch and, detached, means over its tokens."""
+    student = response_side(model, batch)
+    lengths = torch.tensor([rollout.length() for rollout in rollouts], device=student.hidden.device)
+    token_ids = batch.response_ids
+    taught = lengths.new_tensor([rollout.teacher_prompt is not None for rollout in rollouts]).repeat_interleave(lengths)
+    shared = {
+        "temperature": config.temperature, "reduction": config.reduction,
+        "cu_seqlens": nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+    }  # fmt: skip
+    loss, metrics = torch.zeros((), device=lengths.device), {}
+    if config.method not in ("opsd", "sdpo"):
+        clips = {"epsilon_low": config.epsilon_low, "epsilon_high": config.epsilon_high}
+        advantages = torch.tensor([rollout.advantage for rollout in rollouts], device=lengths.device)
+        old = None if rollouts[0].old_log_prob is None else torch.cat([rollout.old_log_prob for rollout in rollouts])
+        arguments = token_ids, advantages, old
+        if config.method == "rlsd" and teacher is not None:
+            output = call(
+                config.head, "rlsd_loss", student, teacher, *arguments, lam=lam, clip_range=config.rlsd_clip_range,
+                credit_mask=taught, evidence_from=config.evidence_from, normalizer=normalizers[0], **clips, **shared,
+            )  # fmt: skip
+        else:
+            output = call(
+                config.head, "grpo_loss", student, None, *arguments, normalizer=normalizers[0], **clips, **shared
+            )
+        loss, metrics = output.loss, rlsd_metrics(output, clip_range=config.rlsd_clip_range, **clips)
+    if config.method in ("opsd", "sdpo", "grpo+opsd"):
+        output = call(
+            config.head, "opsd_loss", student, teacher, divergence=config.divergence, top_k=config.divergence_top_k,
+            token_clip=config.divergence_token_clip, token_weight=taught.float(), normalizer=normalizers[1], **shared,
+        )  # fmt: skip
+        loss = loss + (config.opsd_weight if config.method == "grpo+opsd" else 1.0) * output.loss
+        metrics["divergence"] = output.divergence.detach().mean()
+    if "entropy" not in metrics:
+        with torch.no_grad():
+            scored = call(config.head, "token_log_prob", student, None, token_ids, config.temperature)
+        metrics["entropy"] = scored.entropy.mean()
+    return loss, metrics
+
+
+def batch_for(encoder: Encoder, rollouts: Sequence[Rollout], of_teacher: bool = False) -> Batch:
+    """What the policy, or the teacher, reads to score the rollouts."""
+    prompts = [(rollout.teacher_prompt if of_teacher else None) or rollout.prompt for rollout in rollouts]
+    return encoder.batch(prompts, [rollout.response.token_ids for rollout in rollouts])
+
+
+def score(policy: nn.Module, encoder: Encoder, config: RLSDConfig, rollouts: Sequence[Rollout]) -> None:
+    """Give rollouts the log-probs of the policy that sampled them."""
+    for part in by_length(rollouts, config.per_device_train_batch_size, Rollout.length):
+        with inference(policy):
+            log_prob = policy(_log_prob, config, batch_for(encoder, part))
+        for rollout, values in zip(part, log_prob.split([rollout.length() for rollout in part]), strict=True):
+            rollout.old_log_prob = values
+
+
+def _log_prob(model: nn.Module, config: RLSDConfig, batch: Batch) -> Tensor:
+    student = response_side(model, batch)
+    return call(config.head, "token_log_prob", student, None, batch.response_ids, config.temperature).log_prob
+
+
+def leakage(
+    policy: nn.Module, teacher: Teacher, encoder: Encoder, config: RLSDConfig, groups: Sequence[Sequence[Rollout]]
+) -> dict[str, float]:
+    """RLSD's Theorem 1 on some rollouts: of the expected forward KL, the mutual information with r is what can leak.
+
+    Several r for a prompt are its worked solutions, else the group's other right responses.
+    """
+    tokens, total, information = 0, 0.0, 0.0
+    for group in groups[: config.leakage_prompts]:
+        rollout = group[0]
+        kind = "solution" if len(rollout.example.solutions) > 1 else "rollout"
+        texts = sorted(set(privileges(kind, rollout, group)))
+        count = (
+            config.leakage_samples
+        )  # of teachers on every process, for FSDP's sake, also where there are fewer texts
+        read = [texts[i * len(texts) // count] for i in range(count)] if len(texts) > 1 else []
+        with_r = [privileged(rollout.example, kind, text, config.privileged_template) for text in read]
+        response = [rollout.response.token_ids[: config.leakage_tokens]]
+        with inference(policy):
+            student = policy(response_side, encoder.batch([rollout.prompt], response))
+        prompts = [encoder(example) for example in with_r or [rollout.example] * count]
+        teachers = [teacher.side(encoder.batch([prompt], response)).logits(like=student) for prompt in prompts]
+        if len(texts) > 1:
+            terms = opsd_decomposition(student.logits(), torch.stack(teachers), temperature=config.temperature)
+            tokens += len(response[0])
+            total += float(terms.total.sum())
+            information += float(terms.mutual_information.sum())
+    tokens, total, information = summed([tokens, total, information])
+    return {"leakage/total": total / tokens, "leakage/mutual_information": information / tokens} if tokens else {}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    config = parse(RLSDConfig, sys.argv[1:] if argv is None else list(argv), __doc__)
+    with processes():
+        train(with_testbed(config))
+
+
+if __name__ == "__main__":
+    main()

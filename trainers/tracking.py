@@ -1,0 +1,163 @@
+"""What a run tells: progress, metrics.jsonl, TensorBoard, trackio, tables of completions, and a plot."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trainers.config import TrainerConfig
+from trainers.processes import rank
+
+
+class Tracker:
+    """Writes on the first process only. A context manager.
+
+    On resuming, what was logged after the checkpoint is dropped, so that metrics.jsonl is that of one run.
+    """
+
+    def __init__(self, config: TrainerConfig, start: int, shown: Sequence[str]) -> None:
+        self.directory = Path(config.output_dir)
+        self.shown = shown
+        self.silent = rank() != 0
+        self.console = Console(quiet=self.silent)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TimeRemainingColumn(), TextColumn("{task.fields[state]}"))  # fmt: skip
+        self.progress = Progress(*columns, console=self.console)
+        self.task = self.progress.add_task("training", total=config.max_steps, completed=start, state="")
+        self.writers: list[Any] = []
+        if not self.silent:
+            self._truncate(start)
+            self.writers = [_WRITERS[name](config, start) for name in config.report_to]
+
+    def __enter__(self) -> "Tracker":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+        for writer in self.writers:
+            writer.close()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics of the `step`-th step, counted from 1 (0: before the first)."""
+        state = "  ".join(f"{name} {metrics[name]:.3g}" for name in self.shown if name in metrics)
+        self.progress.update(self.task, completed=step, state=state)
+        if self.silent:
+            return
+        with (self.directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for writer in self.writers:
+            writer.log(step, metrics)
+
+    def completions(self, step: int, rows: Sequence[dict[str, Any]], printed: int = 4) -> None:
+        """Store sampled completions as completions/step-N.jsonl and print the first few."""
+        if self.silent:
+            return
+        folder = self.directory / "completions"
+        folder.mkdir(exist_ok=True)
+        (folder / f"step-{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        table = Table(*rows[0], title=f"step {step}", show_lines=True)
+        for row in rows[:printed]:
+            table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        self.console.print(table)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text)
+
+    def _truncate(self, start: int) -> None:
+        """Keep what was logged up to step `start`; a line that a kill cut short goes too."""
+        path = self.directory / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.directory) if row["step"] <= start] if start else []
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        for old in (self.directory / "completions").glob("step-*.jsonl"):
+            if int(old.stem.rsplit("-", 1)[1]) > start:
+                old.unlink()
+
+
+def read_metrics(directory: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl that are whole."""
+    rows = []
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def open_output(config: TrainerConfig) -> Path:
+    """The output directory, made if need be; refuses one that holds another run."""
+    directory = Path(config.output_dir)
+    if config.resume:
+        for partial in directory.glob(".checkpoint-*.partial"):
+            shutil.rmtree(partial)
+    elif (directory / "metrics.jsonl").exists():
+        raise FileExistsError(f"{directory} holds a run; give --resume to go on with it, or another --output_dir")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def plot(directory: Path, names: Sequence[str], title: str) -> Path:
+    """A panel per metric that was logged, against steps, as plot.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(directory)
+    names = [name for name in names if any(name in row for row in rows)]
+    columns = min(3, len(names))
+    figure, panels = plt.subplots(
+        -(-len(names) // columns), columns, figsize=(4.2 * columns, 2.6 * -(-len(names) // columns)), squeeze=False
+    )
+    for panel in panels.flat[len(names) :]:
+        panel.remove()
+    for panel, name in zip(panels.flat, names, strict=False):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        panel.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "")
+        panel.set_title(name, fontsize=9)
+        panel.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.supxlabel("step", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(directory / "plot.png", dpi=130)
+    plt.close(figure)
+    return directory / "plot.png"
+
+
+class _TensorBoard:
+    def __init__(self, config: TrainerConfig, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(Path(config.output_dir) / "tensorboard", purge_step=start + 1)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Trackio:
+    def __init__(self, config: TrainerConfig, start: int) -> None:
+        import trackio
+
+        self.trackio = trackio
+        name = config.run_name or Path(config.output_dir).name
+        trackio.init(project="sdkernels", name=name, config=vars(config), resume="allow" if config.resume else "never")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.trackio.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.trackio.finish()
+
+
+_WRITERS = {"tensorboard": _TensorBoard, "trackio": _Trackio}
