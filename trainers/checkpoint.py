@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from trainers.policy import Teacher, full_weights
-from trainers.processes import rank
+from trainers.processes import barrier, rank
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process; others get nothing
 
 
 def save(
@@ -36,8 +36,8 @@ def save(
     keep: int,
 ) -> None:
     """Write `directory`/checkpoint-`step` and delete all but the last `keep`. Collective: every process calls it."""
-    weights = full_weights(policy)
-    state = get_optimizer_state_dict(policy, optimizer, options=WHOLE)["state"]
+    weights = full_weights(policy, everywhere=False)
+    state = get_optimizer_state_dict(policy, optimizer, options=WHOLE).get("state", {})
     copies = {} if teacher is None else {name: _whole(value) for name, value, _ in teacher.pairs()}
     if rank() == 0:
         target, temporary = directory / f"checkpoint-{step}", directory / f".checkpoint-{step}.partial"
@@ -52,8 +52,7 @@ def save(
         temporary.rename(target)
         for old in _checkpoints(directory)[:-keep]:
             shutil.rmtree(old)
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
 
 
 def save_model(directory: Path, policy: nn.Module, weights: dict[str, Tensor], processor: Any) -> None:
@@ -76,12 +75,13 @@ def step_of(checkpoint: Path) -> int:
 
 def restore(checkpoint: Path, policy: nn.Module, optimizer: Optimizer, teacher: Teacher | None) -> None:
     """Put the optimizer's and the teacher's state back; the policy was loaded from the checkpoint already."""
+    groups = get_optimizer_state_dict(policy, optimizer, options=WHOLE).get("param_groups", [])
     state: dict[str, dict[str, Tensor]] = {}
-    for name, value in load_file(checkpoint / "optimizer.safetensors").items():
+    for name, value in load_file(checkpoint / "optimizer.safetensors").items() if rank() == 0 else ():
         parameter, key = name.rsplit("/", 1)
         state.setdefault(parameter, {})[key] = value
-    groups = get_optimizer_state_dict(policy, optimizer, options=WHOLE)["param_groups"]
-    set_optimizer_state_dict(policy, optimizer, {"state": state, "param_groups": groups}, options=WHOLE)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    set_optimizer_state_dict(policy, optimizer, {"state": state, "param_groups": groups}, options=options)
     copies = load_file(checkpoint / "teacher.safetensors") if (checkpoint / "teacher.safetensors").exists() else {}
     for name, parameter, _ in teacher.pairs() if teacher else ():
         value = copies[name].to(parameter.device)

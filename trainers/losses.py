@@ -7,7 +7,7 @@ from torch import Tensor
 
 import sdkernels
 from sdkernels import Support
-from sdkernels.reference import grpo, opsd, rlsd, ssd, token_log_prob
+from sdkernels.reference import grpo, opsd, rlsd, ssd, token_log_prob, truncation
 
 Head = Literal["fused", "logits", "reference"]
 REFERENCE = {
@@ -16,6 +16,7 @@ REFERENCE = {
     "rlsd_loss": rlsd.rlsd_loss,
     "ssd_loss": ssd.ssd_loss,
     "opsd_loss": opsd.opsd_loss,
+    "truncated_support": truncation.truncated_support,
 }
 
 

@@ -23,6 +23,7 @@ from transformers import (
     get_scheduler,
 )
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar
 
 from trainers.config import TrainerConfig
 from trainers.losses import Side
@@ -63,6 +64,7 @@ def load_model(config: TrainerConfig, checkpoint: Path | None = None) -> tuple[n
         checkpoint: A directory of `checkpoint.save` whose weights take the place of the model's own.
 
     """
+    disable_progress_bar()
     name = config.model_name_or_path
     model_config = AutoConfig.from_pretrained(name)
     multimodal = hasattr(model_config, "vision_config")
@@ -253,8 +255,11 @@ def copy_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 
-def full_weights(policy: nn.Module) -> dict[str, Tensor]:
-    """All weights of the model, whole, under the model's own names. Collective: every process calls it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=dist.is_initialized())
-    prefix = "model."
-    return {name.removeprefix(prefix): value for name, value in get_model_state_dict(policy, options=options).items()}
+def full_weights(policy: nn.Module, *, everywhere: bool = True) -> dict[str, Tensor]:
+    """All weights of the model, whole, under the model's own names: on every process, or the first one's CPU only.
+
+    Collective: every process calls it.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
+    weights = get_model_state_dict(policy, options=options)
+    return {name.removeprefix("model."): value for name, value in weights.items()}

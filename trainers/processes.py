@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 
 Item = TypeVar("Item")
 
@@ -73,3 +74,9 @@ def gathered(items: Sequence[Item]) -> list[Item]:
 def summed(values: Sequence[float]) -> list[float]:
     """Sums over processes, in rank order."""
     return [sum(column) for column in zip(*gathered([tuple(values)]), strict=True)]
+
+
+def barrier() -> None:
+    """Wait for the others."""
+    if dist.is_initialized():
+        dist.barrier()

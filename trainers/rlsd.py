@@ -52,7 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "grpo+opsd": {"teacher": "frozen", "privilege": "solution", "divergence": "forward_kl"},
 }
 PLOTTED = ("reward", "eval/reward", "entropy", "evidence_clipped", "information_gain_abs", "ratio_clipped",
-           "leakage/mutual_information", "leakage/total", "divergence", "gradient_norm", "tokens_per_second")  # fmt: skip
+           "leakage/total", "leakage/mutual_information", "divergence", "gradient_norm", "tokens_per_second")  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -148,7 +148,7 @@ def train(config: RLSDConfig) -> None:
                 metrics["eval/reward"] = environment.evaluate(policy, held_out, evaluated, config.seed)
             tracker.log(step, metrics)
             if config.completions_steps and step % config.completions_steps == 0:
-                tracker.completions(step, gathered([rollout.row() for group in groups for rollout in group]))
+                tracker.completions(step, gathered([rollout.recorded() for group in groups for rollout in group]))
             if step % config.save_steps == 0 or step == config.max_steps:
                 checkpoint.save(directory, step, policy, optimizer, teacher, processor, config.save_total_limit)
     if rank() == 0:
@@ -210,7 +210,7 @@ def update(
     if config.num_minibatches * config.num_iterations > 1:
         score(policy, encoder, config, [rollout for group in groups for rollout in group])
     totals: dict[str, Tensor] = {}
-    tokens, norms = 0, []
+    tokens, norms, total = 0, [], 0.0
     for minibatch in list(range(config.num_minibatches)) * config.num_iterations:
         rollouts = [rollout for group in groups[minibatch :: config.num_minibatches] for rollout in group]
         normalizers = [max(1.0, count) / world_size() for count in summed(counts(config, rollouts))]
@@ -220,17 +220,20 @@ def update(
             with accumulating(policy, more=i + 1 < len(parts)):
                 loss, metrics = policy(loss_of, config, part, batch_for(encoder, part), told, lam, normalizers)
                 loss.backward()
+            total = total + loss.detach()
             size = sum(map(Rollout.length, part))
             tokens += size
             totals = {name: totals.get(name, 0.0) + size * value for name, value in metrics.items()}
         norms.append(optimizer_step(policy, optimizer, config.max_grad_norm))
-    tokens, *sums = summed([tokens, *map(float, totals.values())])
+    total, tokens, *sums = summed([float(total), tokens, *map(float, totals.values())])
     metrics = {name: value / tokens for name, value in zip(totals, sums, strict=True)}
     for name in ("evidence_clipped", "ratio_clipped"):
         if f"{name}_below" in metrics:
             metrics[name] = metrics[f"{name}_below"] + metrics[f"{name}_above"]
-    rest = {"gradient_norm": sum(norms) / len(norms), "learning_rate": optimizer.param_groups[0]["lr"], "lambda": lam}
-    return {**metrics, **rest, "tokens": tokens / config.num_iterations}
+    return {
+        "loss": total / world_size() / len(norms), **metrics, "gradient_norm": sum(norms) / len(norms), "lambda": lam,
+        "learning_rate": optimizer.param_groups[0]["lr"], "tokens": tokens / config.num_iterations,
+    }  # fmt: skip
 
 
 def counts(config: RLSDConfig, rollouts: Sequence[Rollout]) -> tuple[float, float]:

@@ -31,16 +31,18 @@ class Rollout:
         """Of the response, in tokens."""
         return len(self.response.token_ids)
 
-    def row(self) -> dict[str, Any]:
-        """For the table of completions."""
+    def recorded(self) -> dict[str, Any]:
+        """What is kept of it in files."""
         return {
+            "source": self.example.source,
             "prompt": self.example.prompt,
             "response": self.text,
+            "token_ids": self.response.token_ids,
+            "finished": self.response.finished,
             "reference": self.example.reference,
             "reward": self.verdict.reward,
             "advantage": self.advantage,
             "failure": self.verdict.failure,
-            "source": self.example.source,
         }
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from trainers.config import TrainerConfig
-from trainers.processes import rank
+from trainers.processes import barrier, rank
 
 Config = TypeVar("Config", bound=TrainerConfig)
 IGNORED = -100  # label of a token that carries no loss
@@ -33,8 +32,7 @@ def with_testbed(config: Config) -> Config:
         partial.mkdir(parents=True)
         importlib.import_module(MODULES[config.testbed]).make(partial)
         partial.rename(directory)
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
     return replace(
         config,
         model_name_or_path=config.model_name_or_path or str(directory / "model"),

@@ -1,10 +1,11 @@
 """What a run tells: progress, metrics.jsonl, TensorBoard, trackio, tables of completions, and a plot."""
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,6 +13,8 @@ from rich.table import Table
 
 from trainers.config import TrainerConfig
 from trainers.processes import rank
+
+Item = TypeVar("Item")
 
 
 class Tracker:
@@ -54,17 +57,33 @@ class Tracker:
         for writer in self.writers:
             writer.log(step, metrics)
 
-    def completions(self, step: int, rows: Sequence[dict[str, Any]], printed: int = 4) -> None:
+    def completions(self, step: int, rows: Sequence[dict[str, Any]], printed: int = 3) -> None:
         """Store sampled completions as completions/step-N.jsonl and print the first few."""
         if self.silent:
             return
         folder = self.directory / "completions"
         folder.mkdir(exist_ok=True)
         (folder / f"step-{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        table = Table(*rows[0], title=f"step {step}", show_lines=True)
+        names = ("prompt", "response", "reference", "reward")
+        table = Table(*names, title=f"completions of step {step}", show_lines=True)
         for row in rows[:printed]:
-            table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+            table.add_row(*(_cell(row[name]) for name in names))
         self.console.print(table)
+
+    def table(self, title: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Print rows that have the same keys."""
+        table = Table(*rows[0], title=title)
+        for row in rows:
+            table.add_row(*map(_cell, row.values()))
+        self.console.print(table)
+
+    def track(self, items: Sequence[Item], what: str) -> Iterator[Item]:
+        """The items, with a bar of their own."""
+        task = self.progress.add_task(what, total=len(items), state="")
+        for item in items:
+            yield item
+            self.progress.advance(task)
+        self.progress.remove_task(task)
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -80,6 +99,14 @@ class Tracker:
                 old.unlink()
 
 
+def _cell(value: Any) -> str:
+    """What a table shows of a value: its end, where a response has its answer."""
+    if isinstance(value, tuple):  # a mean and its standard error
+        return " +- ".join(f"{number:.3f}" for number in value)
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 400 else f"... {text[-400:]}"
+
+
 def read_metrics(directory: Path) -> list[dict[str, float]]:
     """The rows of metrics.jsonl that are whole."""
     rows = []
@@ -89,6 +116,18 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write all of it or nothing."""
+    write_lines(path, [value])
+
+
+def write_lines(path: Path, values: Sequence[Any]) -> None:
+    """Write a line of JSON for each value: all of them or nothing."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text("".join(json.dumps(value) + "\n" for value in values))
+    partial.replace(path)
 
 
 def open_output(config: TrainerConfig) -> Path:

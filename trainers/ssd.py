@@ -1,0 +1,300 @@
+"""SSD, Simple Self-Distillation: sample once from the frozen base, truncated and tempered, and fine-tune on that.
+
+    python -m trainers.ssd --config trainers/configs/ssd_stdlib.yaml
+    torchrun --nproc_per_node 8 -m trainers.ssd --model_name_or_path Qwen/Qwen3-4B --train_dataset prompts.jsonl --bf16
+
+1. One response per prompt from the base at (T_train, top-k, top-p); only empty answers and one-line stubs are dropped.
+   The base's truncated support is recorded at every token, so that the base need not stay in memory.
+2. Fine-tuning: on the samples by cross-entropy (`--objective sampled`, the paper's), or on its expectation over the
+   next token (`expected`: `ssd_loss` against the recorded support).
+3. Decoding held-out problems at (T_eval, top-k, top-p): pass@1 and pass@5, against the base at its best temperature.
+
+Each part leaves files behind and is not done again on resuming.
+"""
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sdkernels import Support, load_support, save_support
+from trainers import checkpoint
+from trainers.config import TrainerConfig, option, parse
+from trainers.data import Example, batch_of, load_examples, seed_of
+from trainers.evaluation import correct_counts, paired_difference, pass_at_k, rate
+from trainers.generation import Sampling
+from trainers.losses import call
+from trainers.policy import (
+    accumulating,
+    check_head,
+    inference,
+    load_model,
+    optimizer_for,
+    optimizer_step,
+    response_side,
+    wrapped,
+)
+from trainers.processes import barrier, gathered, padded_share, processes, rank, share, summed, world_size
+from trainers.prompts import Batch, Encoder, Prompt, by_length
+from trainers.rollouts import Environment, Rollout
+from trainers.testbeds import with_testbed
+from trainers.tracking import Tracker, open_output, plot, write_json, write_lines
+
+TERMS = ("support_compression", "within_support_reshaping", "base_alignment", "constant", "cross_entropy", "kept_mass")
+PLOTTED = ("loss", *TERMS[:3], "kept_mass", "gradient_norm", "tokens_per_second")
+
+
+@dataclass(kw_only=True)
+class SSDConfig(TrainerConfig):
+    """Options of `trainers.ssd`."""
+
+    objective: Literal["sampled", "expected"] = option("sampled", "cross-entropy on samples, or its expectation")
+    train_temperature: float = option(1.6, "T_train, at which the base is sampled")
+    train_top_k: int | None = option(20, "truncation of the base while sampling; 0: none")
+    train_top_p: float | None = option(0.8, "likewise; 1: none")
+    support_size: int = option(64, "tokens of the base's support that are recorded; larger ones are renormalised")
+    stub_length: int = option(10, "responses of one line with fewer characters are dropped as stubs; 0: none are")
+    chunk_size: int = option(128, "prompts that are sampled and recorded at a time")
+    num_train_prompts: int | None = option(None, "prompts to sample from; default: all")
+    train_batch_size: int = option(32, "samples per step")
+    terms_steps: int = option(5, "log the three terms of the loss every so many steps")
+    eval_samples: int = option(10, "responses per held-out prompt and setting")
+    eval_top_k: int | None = option(20, "truncation while decoding")
+    eval_top_p: float | None = option(0.8, "likewise")
+    eval_temperatures: list[float] = option([0.7, 0.9, 1.1, 1.3], "T_eval of the student")
+    base_temperatures: list[float] = option([0.3, 0.5, 0.7, 0.9, 1.1], "T_eval of the base, of which the best counts")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        super().__post_init__()
+        if self.train_temperature <= 0:
+            raise ValueError(f"train_temperature must be positive, got {self.train_temperature}")
+        if self.eval_samples < 5:
+            raise ValueError(f"pass@5 needs at least 5 eval_samples, got {self.eval_samples}")
+
+
+class Sample(NamedTuple):
+    """A response of the base, and where its tokens stand in the recorded support."""
+
+    prompt: Prompt
+    token_ids: list[int]
+    tokens: slice
+
+
+def train(config: SSDConfig) -> None:
+    """All three parts."""
+    directory = open_output(config)
+    examples = load_examples(config, config.train_dataset, config.train_split)[: config.num_train_prompts]
+    held_out = load_examples(config, config.eval_dataset, config.eval_split) if config.eval_dataset else []
+    newest = checkpoint.last(directory) if config.resume else None
+    start = checkpoint.step_of(newest) if newest else 0
+
+    model, processor = load_model(config, newest)
+    encoder = Encoder(processor, config)
+    policy = wrapped(model, config)
+    optimizer, factor = optimizer_for(policy, config)
+    if newest:
+        checkpoint.restore(newest, policy, optimizer, None)
+    policy(check_head, encoder.batch([encoder(examples[0])], [[0]]))
+
+    with (
+        Tracker(config, start, shown=("loss", *TERMS[:3])) as tracker,
+        Environment(config, encoder) as environment,
+    ):
+        examples = encoder.short_enough(examples, config.max_prompt_length, tracker.say)
+        if not newest:
+            record(policy, environment, config, examples, tracker)
+            evaluate(policy, environment, config, held_out, "base", config.base_temperatures, tracker)
+        samples, support = recorded(directory, encoder, examples, tracker)
+        for step in range(start + 1, config.max_steps + 1):
+            began = time.perf_counter()
+            torch.manual_seed(seed_of(config.seed, step))
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * factor(step)
+            batch = share(batch_of(samples, config.train_batch_size, step, config.seed))
+            metrics = update(policy, optimizer, encoder, config, batch, support, step)
+            metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
+            tracker.log(step, metrics)
+            if step % config.save_steps == 0 or step == config.max_steps:
+                checkpoint.save(directory, step, policy, optimizer, None, processor, config.save_total_limit)
+        evaluate(policy, environment, config, held_out, "student", config.eval_temperatures, tracker)
+        if rank() == 0:
+            plot(directory, PLOTTED, f"SSD ({config.objective}) on {config.testbed or config.train_dataset}")
+            if held_out:
+                report(directory, config, tracker)
+
+
+def record(
+    policy: nn.Module, environment: Environment, config: SSDConfig, examples: Sequence[Example], tracker: Tracker
+) -> None:
+    """Sample the base, a chunk of prompts after the other, and record its support at every sampled token."""
+    folder = Path(config.output_dir) / "samples"
+    folder.mkdir(exist_ok=True)
+    sampling = Sampling(config.train_temperature, config.train_top_k, config.train_top_p)
+    starts = range(0, len(examples), config.chunk_size)
+    missing = [start for start in starts if not (folder / f"{start:07d}.jsonl").exists()]
+    for start in tracker.track(missing, "sampling the base"):
+        local, weights = padded_share(examples[start : start + config.chunk_size])
+        seeds = [seed_of(config.seed, "sample", example.source) for example in local]
+        rollouts = environment.rollouts(policy, local, seeds, sampling)
+        rows = []
+        for part in by_length(list(zip(rollouts, weights, strict=True)), config.per_device_train_batch_size, _length):
+            prompts, responses = [r.prompt for r, _ in part], [r.response.token_ids for r, _ in part]
+            with inference(policy):
+                q = policy(support_of, config, environment.encoder.batch(prompts, responses)).to("cpu")
+            pieces = zip(*(values.split([len(response) for response in responses]) for values in q[:3]), strict=True)
+            rows += [(r.recorded(), piece) for (r, weight), piece in zip(part, pieces, strict=True) if weight]
+        rows = gathered(rows)
+        kept = [(row, piece) for row, piece in rows if not is_stub(row["response"], config.stub_length)]
+        if rank() == 0:
+            if kept:
+                columns = zip(*(piece for _, piece in kept), strict=True)
+                q = Support(*map(torch.cat, columns), sampling.temperature)
+                save_support(folder / f"{start:07d}.safetensors", q)
+            dropped = {"dropped": len(rows) - len(kept)}
+            write_lines(folder / f"{start:07d}.jsonl", [dropped, *(row for row, _ in kept)])
+    barrier()
+
+
+def _length(item: tuple[Rollout, float]) -> int:
+    return item[0].length()
+
+
+def support_of(model: nn.Module, config: SSDConfig, batch: Batch) -> Support:
+    """q at the tokens of a batch."""
+    filters = {"top_k": config.train_top_k, "top_p": config.train_top_p, "max_size": config.support_size}
+    return call(
+        config.head, "truncated_support", response_side(model, batch), None, config.train_temperature, **filters
+    )
+
+
+def is_stub(text: str, length: int) -> bool:
+    """Whether an answer is empty, or a single line of fewer than `length` characters."""
+    text = text.strip()
+    return not text or ("\n" not in text and len(text) < length)
+
+
+def recorded(
+    directory: Path, encoder: Encoder, examples: Sequence[Example], tracker: Tracker
+) -> tuple[list[Sample], Support]:
+    """All samples and their support; what was dropped and cut is said."""
+    by_source = {example.source: example for example in examples}
+    samples, supports, dropped, at = [], [], 0, 0
+    for path in sorted((directory / "samples").glob("*.jsonl")):
+        first, *rows = map(json.loads, path.read_text().splitlines())
+        dropped += first["dropped"]
+        if rows:
+            supports.append(load_support(path.with_suffix(".safetensors")))
+        for row in rows:
+            tokens = slice(at, at := at + len(row["token_ids"]))
+            samples.append(Sample(encoder(by_source[row["source"]]), row["token_ids"], tokens))
+    if not samples:
+        raise ValueError("every sample was empty or a stub; there is nothing to train on")
+    columns = zip(*(support[:3] for support in supports), strict=True)
+    support = Support(*map(torch.cat, columns), supports[0].temperature)
+    cut = float((support.size > support.token_ids.shape[-1]).float().mean())
+    tracker.say(f"{len(samples)} samples of {at} tokens; {dropped} dropped; {cut:.1%} of supports cut to support_size")
+    return samples, support
+
+
+def update(
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    encoder: Encoder,
+    config: SSDConfig,
+    samples: Sequence[Sample],
+    support: Support,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step; returns the loss, and means of its terms over tokens."""
+    terms = config.objective == "expected" or step % config.terms_steps == 0
+    (tokens,) = summed([sum(len(sample.token_ids) for sample in samples)])
+    total, sums = 0.0, dict.fromkeys(TERMS, 0.0) if terms else {}
+    parts = by_length(samples, config.per_device_train_batch_size, lambda sample: len(sample.token_ids))
+    for i, part in enumerate(parts):
+        batch = encoder.batch([sample.prompt for sample in part], [sample.token_ids for sample in part])
+        q = Support(*(torch.cat([values[s.tokens] for s in part]) for values in support[:3]), support.temperature)
+        with accumulating(policy, more=i + 1 < len(parts)):
+            loss, metrics = policy(loss_of, config, batch, q.to(batch.input_ids.device), tokens / world_size(), terms)
+            loss.backward()
+        total = total + loss.detach()
+        sums = {name: value + metrics[name] for name, value in sums.items()}
+    norm = optimizer_step(policy, optimizer, config.max_grad_norm)
+    total, *values = summed([float(total) / world_size(), *(float(value) / tokens for value in sums.values())])
+    return {"loss": total, **dict(zip(sums, values, strict=True)), "gradient_norm": norm, "tokens": tokens,
+            "learning_rate": optimizer.param_groups[0]["lr"]}  # fmt: skip
+
+
+def loss_of(
+    model: nn.Module, config: SSDConfig, batch: Batch, support: Support, normalizer: float, terms: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a micro-batch and, detached, sums of its terms over tokens."""
+    student = response_side(model, batch)
+    sampled = config.objective == "sampled"
+    if sampled:
+        loss = -call(config.head, "token_log_prob", student, None, batch.response_ids).log_prob.sum() / normalizer
+    if not terms:
+        return loss, {}
+    with torch.set_grad_enabled(not sampled):
+        output = call(config.head, "ssd_loss", student, support, config.train_temperature, normalizer=normalizer)
+    sums = {name: getattr(output.terms, name).detach().sum() for name in TERMS}
+    return (loss if sampled else output.loss), sums
+
+
+def evaluate(
+    policy: nn.Module,
+    environment: Environment,
+    config: SSDConfig,
+    examples: Sequence[Example],
+    who: str,
+    temperatures: Sequence[float],
+    tracker: Tracker,
+) -> None:
+    """Count right responses at every temperature, into evaluation/<who>-<temperature>.json."""
+    folder = Path(config.output_dir) / "evaluation"
+    folder.mkdir(exist_ok=True)
+    for temperature in tracker.track(temperatures if examples else [], f"decoding, {who}"):
+        path = folder / f"{who}-{temperature:g}.json"
+        if not path.exists():
+            sampling = Sampling(temperature, config.eval_top_k, config.eval_top_p)
+            counts = correct_counts(environment, policy, examples, sampling, config.eval_samples, config.seed)
+            if rank() == 0:
+                write_json(path, {"temperature": temperature, "samples": config.eval_samples, "correct": counts})
+    barrier()
+
+
+def report(directory: Path, config: SSDConfig, tracker: Tracker) -> None:
+    """The student against the base at its best temperature, as report.json and a table."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((directory / "evaluation").glob("*.json")):
+        entry = json.loads(path.read_text())
+        for k in (1, 5):
+            entry[f"pass@{k}"] = [pass_at_k(entry["samples"], correct, k) for correct in entry["correct"]]
+        found.setdefault(path.name.split("-")[0], []).append(entry)
+    best = {who: max(entries, key=lambda entry: rate(entry["pass@1"]).mean) for who, entries in found.items()}
+    table = []
+    for who, entry in itertools.chain.from_iterable(((who, e) for e in entries) for who, entries in found.items()):
+        row = {"model": who, "temperature": entry["temperature"], "best": entry is best[who]}
+        for name in ("pass@1", "pass@5"):
+            row[name], row[f"{name} gain"] = rate(entry[name]), paired_difference(entry[name], best["base"][name])
+        table.append(row)
+    write_json(directory / "report.json", table)
+    tracker.table("held-out problems; gains over the base at its best temperature", table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    config = parse(SSDConfig, sys.argv[1:] if argv is None else list(argv), __doc__)
+    with processes():
+        train(with_testbed(config))
+
+
+if __name__ == "__main__":
+    main()
