@@ -67,6 +67,7 @@ def call(
             logit_scale=student.logit_scale, **options,
         )  # fmt: skip
     if isinstance(other, Side):
-        other = other.logits(like=student)
+        with torch.no_grad():
+            other = other.logits(like=student)
     sides = [student.logits()] if other is None else [student.logits(), other]
     return (REFERENCE[function] if head == "reference" else getattr(sdkernels, function))(*sides, *args, **options)

@@ -310,6 +310,7 @@ def _log_prob(model: nn.Module, config: RLSDConfig, batch: Batch) -> Tensor:
     return call(config.head, "token_log_prob", student, None, batch.response_ids, config.temperature).log_prob
 
 
+@torch.no_grad()
 def leakage(
     policy: nn.Module, teacher: Teacher, encoder: Encoder, config: RLSDConfig, groups: Sequence[Sequence[Rollout]]
 ) -> dict[str, float]:

@@ -25,14 +25,12 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from types import ModuleType
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 OUTPUT_BYTES = 4 << 20  # of stdout, of stderr, and of any file that a program writes
 ERROR_CHARACTERS = 2000  # the tail of stderr that is kept
-OPEN_FILES = 256
 READY = b"+"  # written to the status file once limits and filter hold
 
 # Audit architecture and the numbers of the refused calls: socket, io_uring_setup, setpgid, setsid.
@@ -48,7 +46,7 @@ class Result(NamedTuple):
     stdout: str  # the first 4 MiB
     error: str  # why it is not ok, such as the tail of a traceback; else empty
     timed_out: bool
-    exit_code: int  # 128 + n if signal n ended it
+    exit_code: int  # 128 + n if signal n ended it, -n if one ended the guardian
 
 
 def run(code: str, *, tests: str = "", stdin: str = "", timeout: float = 10.0, memory_mb: int = 1024) -> Result:
@@ -88,21 +86,19 @@ def run(code: str, *, tests: str = "", stdin: str = "", timeout: float = 10.0, m
             timed_out = not _ends(process, timeout)
         finally:
             lifeline.close()  # the guardian kills what is left
-            if not _ends(process, 5.0):
+            if not _ends(process, 2.0):
                 process.kill()  # a program stopped its guardian; it dies with it
             exit_code = process.wait()
-        written, stdout, stderr = (_read(file) for file in (status, out, err))
+        written, stdout, stderr = (os.pread(file.fileno(), OUTPUT_BYTES, 0) for file in (status, out, err))
     tail = stderr.decode(errors="replace")[-ERROR_CHARACTERS:].strip()
     if not written.startswith(READY) and not timed_out:
         raise RuntimeError(f"the sandbox could not be set up (exit code {exit_code}): {tail}")
     ok = written == READY + proof and exit_code == 0 and not timed_out
-    if ok:
-        tail = ""
-    elif timed_out:
+    if timed_out:
         tail = f"took longer than {timeout:g} s"
     elif exit_code != 1 or not tail:  # no traceback tells why
         tail = f"{tail}\nended with exit code {exit_code} before the last line".strip()
-    return Result(ok, stdout.decode(errors="replace"), tail, timed_out, exit_code)
+    return Result(ok, stdout.decode(errors="replace"), "" if ok else tail, timed_out, exit_code)
 
 
 def _ends(process: subprocess.Popen, timeout: float) -> bool:
@@ -111,11 +107,6 @@ def _ends(process: subprocess.Popen, timeout: float) -> bool:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         return bool(poll.poll(timeout * 1000))
-
-
-def _read(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read(OUTPUT_BYTES)
 
 
 def _guard(program: int, control: int) -> None:
@@ -137,11 +128,11 @@ def _guard(program: int, control: int) -> None:
 
 def _prctl(option: int, *values: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, *(ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4])):
+    if libc.prctl(option, *(ctypes.c_ulong(value) for value in (*values, 0, 0, 0)[:4])):
         raise OSError(ctypes.get_errno(), f"prctl({option}): {os.strerror(ctypes.get_errno())}")
 
 
-def _refuse(architecture: int, numbers: Sequence[int]) -> None:
+def _refuse(architecture: int, numbers: tuple[int, ...]) -> None:
     """Answer these system calls with EPERM from now on, and kill a process that makes one of another ABI."""
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # BPF: ld [k], jeq k, jge k, ret k
     kill, refuse, allow = 0x80000000, 0x00050000 | errno.EPERM, 0x7FFF0000
@@ -165,7 +156,7 @@ def _refuse(architecture: int, numbers: Sequence[int]) -> None:
 def _confine(seconds: int, memory: int) -> None:
     """Limit the calling process and those it will start, for good; die with the guardian."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    limits = {"CPU": seconds, "AS": memory, "FSIZE": OUTPUT_BYTES, "NOFILE": OPEN_FILES, "CORE": 0}
+    limits = {"CPU": seconds, "AS": memory, "FSIZE": OUTPUT_BYTES, "NOFILE": 256, "CORE": 0}
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     _refuse(*ARCHITECTURES[os.uname().machine])
