@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,15 +13,30 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import no_kernel
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import VERIFIER, rows, save_model, vision_processor, write_rows
 
+from trainers import policy as policies
 from trainers import rlsd
+from trainers.data import load_examples
+from trainers.policy import Teacher, copy_of, load_model, optimizer_for, wrapped
+from trainers.prompts import Encoder
 from trainers.rlsd import DEFAULTS
+from trainers.rollouts import Environment
 
 pytestmark = no_kernel
 METHODS = sorted(DEFAULTS)
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These models are too small for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +125,175 @@ def test_a_frozen_teacher_stays(folder, tmp_path):
     before = load_file(folder / "model" / "model.safetensors")
     kept = load_file(tmp_path / "out" / "checkpoint-3" / "teacher.safetensors")
     assert {name: True for name in before} == {name: torch.equal(kept[name], before[name]) for name in before}
+
+
+def replayed(folder, tmp_path, method, head, steps=50):
+    """Losses and gradient norms of optimizer steps on the same recorded rollouts, three inner updates each."""
+    config = rlsd.parse(
+        rlsd.RLSDConfig,
+        arguments(folder, tmp_path, method=method, head=head, num_minibatches=2, learning_rate=1e-4, teacher="ema"), "",
+    )  # fmt: skip
+    model, processor = load_model(config)
+    encoder = Encoder(processor, config)
+    policy = wrapped(model, config)
+    teacher = Teacher(policy, wrapped(copy_of(model), config, trained=False), "ema", 0, 0.1)
+    optimizer, _ = optimizer_for(policy, config)
+    examples = load_examples(config, config.train_dataset, "train")
+    with Environment(config, encoder) as environment:
+        recorded = rlsd.sample(policy, environment, config, examples[:8], 1)
+    found = []
+    for step in range(1, steps + 1):
+        metrics = rlsd.update(policy, teacher, optimizer, encoder, config, recorded, step)
+        teacher.follow(step)
+        found.append((metrics["loss"], metrics["gradient_norm"], metrics["entropy"]))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_and_reference_losses_give_the_same_trajectory(folder, tmp_path, method):
+    fused, reference = (replayed(folder, tmp_path, method, head) for head in ("fused", "reference"))
+    assert (fused[0] - fused[-1]).abs().max() > 0.1  # it went somewhere
+    scale = reference.abs().clamp(min=reference.abs().mean(0))
+    assert ((fused - reference).abs() / scale).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_other_families_train(folder, tmp_path, family):
+    save_model(tmp_path / "model", family)
+    options = {"model_name_or_path": tmp_path / "model", "num_minibatches": 2, "save_steps": 3}
+    fused = train(folder, tmp_path / "a", **options)
+    close(fused, train(folder, tmp_path / "b", **options, head="reference"), rtol=1e-4)
+
+
+def test_images_pass_through_student_and_teacher_prompts(folder, tmp_path, monkeypatch):
+    processor = vision_processor()
+    monkeypatch.setattr(policies.AutoProcessor, "from_pretrained", lambda name: processor)
+    save_model(tmp_path / "model", "qwen3_vl")
+    for i, color in enumerate(["red", "green", "blue", "white"]):
+        Image.new("RGB", (40 + 8 * i, 24), color).save(tmp_path / f"{color}.png")
+    pictured = [
+        row | {"images": [str(tmp_path / f"{color}.png")] * (1 + i % 2)}
+        for i, (row, color) in enumerate(zip(rows(4), ["red", "green", "blue", "white"], strict=True))
+    ]
+    options = {
+        "model_name_or_path": tmp_path / "model", "train_dataset": write_rows(tmp_path / "train.jsonl", pictured),
+        "num_minibatches": 2, "per_device_train_batch_size": 3, "save_steps": 3,
+    }  # fmt: skip
+    seen = train(folder, tmp_path / "a", **options)
+    close(seen, train(folder, tmp_path / "b", **options, head="reference"), rtol=1e-4)
+    for path in tmp_path.glob("*.png"):
+        Image.new("RGB", Image.open(path).size, "black").save(path)
+    assert train(folder, tmp_path / "c", **options)[0]["entropy"] != seen[0]["entropy"]
+
+
+def test_adapters_train_alone_and_resume(folder, tmp_path):
+    options = {"lora_r": 4, "num_minibatches": 2, "teacher": "ema"}
+    whole = train(folder, tmp_path / "whole", **options)
+    train(folder, tmp_path / "parts", **options | {"max_steps": 2})
+    assert train(folder, tmp_path / "parts", **options, resume=True) == whole
+    path = "checkpoint-3/adapter_model.safetensors"
+    assert (tmp_path / "parts" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
+    assert all("lora" in name for name in load_file(tmp_path / "whole" / path))
+    assert all("lora" in name for name in load_file(tmp_path / "whole" / "checkpoint-3" / "teacher.safetensors"))
+
+
+def test_gradient_checkpointing_does_not_change_the_result(folder, tmp_path):
+    options = {"num_minibatches": 2, "save_steps": 3}
+    plain = train(folder, tmp_path / "a", **options)
+    close(train(folder, tmp_path / "b", **options, gradient_checkpointing=True), plain, rtol=1e-5)
+
+
+def test_autocast_stays_near_float32(folder, tmp_path):
+    options = {"max_steps": 1, "temperature": 0.7}
+    (plain,), (rounded,) = (train(folder, tmp_path / str(bf16), **options, bf16=bf16) for bf16 in (False, True))
+    assert rounded["entropy"] == pytest.approx(plain["entropy"], rel=2**-5)
+    assert rounded["entropy"] != plain["entropy"]
+
+
+def test_a_run_that_is_resumed_equals_one_that_was_not(folder, tmp_path):
+    options = {"num_minibatches": 2, "teacher": "ema", "lr_scheduler_type": "cosine", "warmup_steps": 1, "max_steps": 4}
+    whole = train(folder, tmp_path / "whole", **options)
+    train(folder, tmp_path / "parts", **options | {"save_steps": 2}, **{"resume": True})  # nothing there yet: starts
+    for leftover in (tmp_path / "parts" / "checkpoint-4").iterdir():
+        leftover.unlink()
+    (tmp_path / "parts" / "checkpoint-4").rmdir()
+    assert train(folder, tmp_path / "parts", **options, resume=True) == whole
+    for name in ("model", "optimizer", "teacher"):
+        path = f"checkpoint-4/{name}.safetensors"
+        assert (tmp_path / "parts" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
+
+
+def test_an_output_directory_is_not_overwritten(folder, tmp_path):
+    train(folder, tmp_path / "out", max_steps=1)
+    with pytest.raises(FileExistsError, match="holds a run; give --resume"):
+        train(folder, tmp_path / "out", max_steps=1)
+
+
+def started(command, output, **environment):
+    """The program in a process of its own, one thread."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=output, env=variables, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(process):
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(folder, tmp_path):
+    """kill -9 at random times, while steps run and while checkpoints are written."""
+    options = {"max_steps": 12, "per_device_train_batch_size": 4, "num_minibatches": 2, "method": "sdpo"}
+    ended(started(["trainers.rlsd", *arguments(folder, tmp_path / "whole", **options)], tmp_path))
+    moments = random.Random(time.time_ns())
+    kills = 0
+    while True:
+        process = started(["trainers.rlsd", *arguments(folder, tmp_path / "killed", **options, resume=True)], tmp_path)
+        if kills == 4:
+            ended(process)
+            break
+        logged = tmp_path / "killed" / "metrics.jsonl"
+        while process.poll() is None and not (logged.exists() and logged.stat().st_size):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    for name in ("model", "optimizer", "teacher"):
+        path = f"checkpoint-12/{name}.safetensors"
+        assert (tmp_path / "killed" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    """The metrics and weights of one process."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    return train(folder, output, **SHARED), weights_of(output)
+
+
+SHARED = {"num_minibatches": 2, "teacher": "ema", "per_device_train_batch_size": 2, "eval_steps": 3}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(("launcher", "fsdp"), [("torchrun", False), ("torchrun", True), ("accelerate", False)])
+def test_two_processes_match_one(folder, tmp_path, alone, launcher, fsdp):
+    """DDP and FSDP2, which also go on from their own checkpoint."""
+    for steps in (2, 3) if fsdp else (3,):
+        options = arguments(folder, tmp_path / "out", **SHARED | {"max_steps": steps}, fsdp=fsdp, resume=fsdp)
+        port = f"--main_process_port={free_port()}"
+        program = {
+            "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+            "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", port],
+        }[launcher]  # fmt: skip
+        ended(started([*program, "-m", "trainers.rlsd", *options], tmp_path))
+    metrics, weights = alone
+    close(metrics_of(tmp_path / "out"), metrics, rtol=1e-4)
+    for name, value in weights_of(tmp_path / "out").items():
+        assert torch.allclose(value, weights[name], rtol=0, atol=1e-5), name

@@ -110,7 +110,10 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
 
     A wrong option or value ends the program with a message that names it, and for the file its name.
     """
-    parser = HfArgumentParser(config_class, description=description)
+    parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
+    for action in parser._actions:
+        if action.nargs == "+":
+            action.nargs = "*"  # a list may be empty
     parser.add_argument("--config", help="YAML file with any of these options")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
@@ -130,7 +133,7 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
 def _yaml_arguments(path: Path, config_class: type) -> list[str]:
     """The options of a YAML file as command-line arguments, so that both are read and checked alike."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
@@ -146,7 +149,7 @@ def _yaml_arguments(path: Path, config_class: type) -> list[str]:
         if value is None or isinstance(value, dict):
             raise ValueError(f"{path}: {name} has no value; leave it out for the default")
         if isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)] if value else []  # argparse has no empty list
+            arguments += [f"--{name}", *map(str, value)]
         else:
             arguments.append(f"--{name}={value}")
     return arguments

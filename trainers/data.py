@@ -1,5 +1,6 @@
 """Prompts with what verifies them, from a file or a named dataset; a fault is reported with file, line and field."""
 
+import csv
 import hashlib
 import json
 import random
@@ -56,8 +57,11 @@ def load_examples(config: TrainerConfig, name: str, split: str, *, needs: Sequen
     examples = [_example(config, row, source, needs) for row, source in _rows(config, name, split)]
     if not examples:
         raise ValueError(f"{name} has no rows")
-    for verifier in sorted({example.verifier for example in examples}):
-        load_verifier(verifier)  # an unknown one is an error here, not a reward of 0 later
+    for verifier, source in {example.verifier: example.source for example in reversed(examples)}.items():
+        try:
+            load_verifier(verifier)  # an unknown one is an error here, not a reward of 0 later
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     return examples
 
 
@@ -65,17 +69,29 @@ def _rows(config: TrainerConfig, name: str, split: str) -> Iterator[tuple[dict[s
     """Rows with where they stand."""
     path = Path(name)
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _json_row(line, f"{name}:{number}"), f"{name}:{number}"
         return
+    if path.suffix == ".csv":  # datasets would make numbers of texts, 7 of 007, and nothing of NA
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            try:
+                for row in reader:
+                    yield row, f"{name}:{reader.line_num}"
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{name}: after line {reader.line_num}: {error}") from error
+        return
     import datasets
 
-    if path.suffix in (".json", ".csv", ".parquet"):
+    if path.suffix in (".json", ".parquet"):
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {name}")
-        rows = datasets.load_dataset(path.suffix[1:], data_files=name, split="train")
+        try:
+            rows = datasets.load_dataset(path.suffix[1:], data_files=name, split="train")
+        except Exception as error:  # of many kinds, none of which names the file
+            raise ValueError(f"{name} is empty or cannot be read: {error.__cause__ or error}") from error
     else:
         rows = datasets.load_dataset(name, config.dataset_config, split=split)
         name = f"{name}[{split}]"
@@ -83,11 +99,13 @@ def _rows(config: TrainerConfig, name: str, split: str) -> Iterator[tuple[dict[s
         yield row, f"{name}:{number}"
 
 
-def _json_row(line: str, source: str) -> dict[str, Any]:
+def _json_row(line: bytes, source: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise ValueError(f"{source}: not JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8: {error.reason} at byte {error.start + 1}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{source}: a line must be one JSON object, got {type(row).__name__}")
     return row
@@ -97,18 +115,17 @@ def _example(config: TrainerConfig, row: dict[str, Any], source: str, needs: Seq
     def column(field: str) -> Any:
         return row.get(getattr(config, f"{field}_column"))
 
-    prompt = column("prompt")
-    if prompt is None:
+    if config.prompt_column not in row:
         raise ValueError(
             f"{source}: no column {config.prompt_column!r} (prompt_column); there are {', '.join(map(repr, row))}"
         )
     solutions = column("solutions") or ()
     images = column("images") or ()
     example = Example(
-        prompt=_prompt(prompt, f"{source}: {config.prompt_column!r}"),
+        prompt=_prompt(column("prompt"), f"{source}: {config.prompt_column!r}"),
         reference=column("reference"),
-        solutions=(solutions,) if isinstance(solutions, str) else tuple(solutions),
-        verifier=column("verifier") or config.verifier,
+        solutions=tuple(solutions) if isinstance(solutions, list | tuple) else (solutions,),
+        verifier=str(column("verifier") or config.verifier),
         images=tuple(images) if isinstance(images, list | tuple) else (images,),
         source=source,
     )
@@ -134,6 +151,7 @@ def _prompt(prompt: Any, where: str) -> str | Chat:
             raise ValueError(f"{where}: each message needs 'role' and 'content', got {turn!r}")
     if prompt[-1]["role"] != "user":
         raise ValueError(f"{where} must end with the user's turn, ends with {prompt[-1]['role']!r}")
-    if not prompt[-1]["content"]:
-        raise ValueError(f"{where}: the user's turn is empty")
+    content = prompt[-1]["content"]
+    if not isinstance(content, str | list) or not content:
+        raise ValueError(f"{where}: the user's turn must be text or a list of parts, and not empty, got {content!r}")
     return prompt

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.core_model_loading import revert_weight_conversion
 
 from sdkernels import truncated_log_softmax
 from trainers.config import TrainerConfig
@@ -93,18 +94,24 @@ class Generator:
         kept = [[0] * (width - len(p.token_ids)) + [1] * len(p.token_ids) for p in prompts]
         media = stack_media(prompts, width, left=True)
         sampler = SeededSampler(seeds, sampling, width, self.max_tokens)
-        eos = _ids(unwrapped(model).generation_config.eos_token_id) or self.eos
-        sequences = model.generate(
-            input_ids=torch.tensor(padded, device=device()),
-            attention_mask=torch.tensor(kept, device=device()),
-            **media,
-            logits_processor=LogitsProcessorList([sampler]),
-            generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=self.max_tokens, pad_token_id=self.pad, eos_token_id=eos,
-                repetition_penalty=1.0, no_repeat_ngram_size=0,
-            ),
-            synced_gpus=any(isinstance(module, FSDPModule) for module in model.modules()),
-        )  # fmt: skip
+        network = unwrapped(model)
+        own = network.generation_config
+        eos = _ids(own.eos_token_id) or self.eos
+        network.generation_config = GenerationConfig()  # of its own, generate would take what is not given below
+        try:
+            sequences = model.generate(
+                input_ids=torch.tensor(padded, device=device()),
+                attention_mask=torch.tensor(kept, device=device()),
+                **media,
+                logits_processor=LogitsProcessorList([sampler]),
+                generation_config=GenerationConfig(
+                    do_sample=False, max_new_tokens=self.max_tokens, pad_token_id=self.pad, eos_token_id=eos,
+                    suppress_tokens=_media_ids(network),
+                ),
+                synced_gpus=any(isinstance(module, FSDPModule) for module in model.modules()),
+            )  # fmt: skip
+        finally:
+            network.generation_config = own
         return [_until_eos(row, set(eos)) for row in sequences[:, width:].tolist()]
 
 
@@ -117,6 +124,12 @@ def _until_eos(token_ids: list[int], eos: set[int]) -> Response:
 
 def _ids(value: int | list[int] | None) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def _media_ids(model: nn.Module) -> list[int] | None:
+    """Tokens that stand for images and videos: said in a response they would ask for one that is not there."""
+    names = ("image_token_id", "video_token_id")
+    return [getattr(model.config, name) for name in names if hasattr(model.config, name)] or None
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -149,7 +162,9 @@ class _VLLM:
         if any(prompt.media for prompt in prompts):
             raise ValueError("use_vllm samples from text alone; these prompts have images")
         worker = self.engine.llm_engine.model_executor.driver_worker.model_runner.model
-        worker.load_weights(full_weights(policy).items())
+        weights = revert_weight_conversion(unwrapped(policy), full_weights(policy))  # as checkpoints name them
+        worker.load_weights(weights.items())
+        self.engine.reset_prefix_cache()  # it holds what the last weights made of the same prompts
         asked = [
             self.vllm.SamplingParams(
                 temperature=sampling.temperature, top_k=sampling.top_k or 0, top_p=sampling.top_p or 1.0,

@@ -94,6 +94,7 @@ def _with_lora(model: nn.Module, config: TrainerConfig, checkpoint: Path | None)
 
     if checkpoint:
         return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+    torch.manual_seed(config.seed)
     modules = config.lora_target_modules
     target = modules[0] if modules == ["all-linear"] else modules
     return get_peft_model(model, LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=target))
@@ -205,6 +206,13 @@ def inference(policy: nn.Module) -> Iterator[None]:
             module.set_reshard_after_forward(module is not policy)
 
 
+def inferred_side(network: nn.Module, batch: Batch) -> Side:
+    """`response_side` without gradients, for use outside the network's forward: FSDP shards the weights again there."""
+    with inference(network):
+        hidden = network(response_side, batch).hidden
+    return Side(hidden, *head(network))
+
+
 class Teacher:
     """The network that reads the privileged prompt: the policy itself, or a copy that follows it.
 
@@ -226,9 +234,8 @@ class Teacher:
 
     def side(self, batch: Batch) -> Side:
         """The teacher's hidden states for the responses; with the head only where it is not the policy's own."""
-        with inference(self.network):
-            hidden = self.network(response_side, batch).hidden
-        return Side(hidden, *head(self.network)) if self.network is not self.student else Side(hidden, None)
+        side = inferred_side(self.network, batch)
+        return Side(side.hidden, None) if self.network is self.student else side
 
     def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, the copy's parameter and the policy's, of each parameter that is trained."""

@@ -1,5 +1,6 @@
 """From examples to token ids: chat templates, images, and the privileged prompts that only a teacher reads."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -46,8 +47,8 @@ def privileged(example: Example, kind: Privilege, text: str, template: str | Non
     """The example with `text`, of the kind named, put into its last user turn."""
     template = template or PRIVILEGED_TEMPLATES[kind]
 
-    def fill(prompt: str) -> str:
-        return template.replace("{prompt}", prompt).replace("{privileged}", text)
+    def fill(prompt: str) -> str:  # at once: braces in the texts themselves stay
+        return re.sub(r"{(prompt|privileged)}", lambda name: {"prompt": prompt, "privileged": text}[name[1]], template)
 
     if isinstance(example.prompt, str):
         return replace(example, prompt=fill(example.prompt))
@@ -55,7 +56,9 @@ def privileged(example: Example, kind: Privilege, text: str, template: str | Non
     if isinstance(content, str):
         turn = {**example.prompt[-1], "content": fill(content)}
     else:  # parts: images stay where they are, the last text is filled in
-        last = max(i for i, part in enumerate(content) if part.get("type") == "text")
+        last = max((i for i, part in enumerate(content) if part.get("type") == "text"), default=None)
+        if last is None:
+            raise ValueError(f"{example.source}: the user's turn has no text to put privileged information into")
         parts = [{**part, "text": fill(part["text"])} if i == last else part for i, part in enumerate(content)]
         turn = {**example.prompt[-1], "content": parts}
     return replace(example, prompt=[*example.prompt[:-1], turn])
@@ -89,9 +92,14 @@ class Encoder:
         """The examples whose prompts have at most `limit` tokens; how many are left out, and which, is said."""
         if limit is None:
             return examples
-        kept = [example for example in examples if len(self(example).token_ids) <= limit]
-        if len(kept) < len(examples):
-            left_out = [example.source for example in examples if example not in kept]
+        kept: list[Example] = []
+        left_out: list[str] = []
+        for example in examples:
+            if len(self(example).token_ids) <= limit:
+                kept.append(example)
+            else:
+                left_out.append(example.source)
+        if left_out:
             say(f"{len(left_out)} of {len(examples)} prompts have more than {limit} tokens: {', '.join(left_out[:10])}")
         if not kept:
             raise ValueError(f"no prompt has at most {limit} tokens (max_prompt_length)")
@@ -132,12 +140,17 @@ class Encoder:
 
 
 def stack_media(prompts: Sequence[Prompt], length: int, left: bool) -> dict[str, Tensor]:
-    """The media of a batch: per-token entries padded with 0 to `length`, others one after the other."""
+    """The media of a batch: per-token entries padded with 0 to `length`, others one after the other.
+
+    A per-token entry that some prompts have is 0 for those that are text alone.
+    """
     media: dict[str, list[Tensor]] = {}
+    per_token = {n: v for prompt in prompts for n, v in prompt.media.items() if v.shape == (1, len(prompt.token_ids))}
     for prompt in prompts:
-        for name, value in prompt.media.items():
-            if value.shape[:2] == (1, len(prompt.token_ids)):
-                missing = length - len(prompt.token_ids)
+        missing = length - len(prompt.token_ids)
+        absent = {name: value.new_zeros(1, len(prompt.token_ids)) for name, value in per_token.items()}
+        for name, value in (absent | prompt.media).items():
+            if name in per_token:
                 value = torch.nn.functional.pad(value, (missing, 0) if left else (0, missing))
             media.setdefault(name, []).append(value)
     return {name: torch.cat(values).to(device()) for name, values in media.items()}

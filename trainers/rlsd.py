@@ -31,6 +31,7 @@ from trainers.policy import (
     check_head,
     copy_of,
     inference,
+    inferred_side,
     load_model,
     optimizer_for,
     optimizer_step,
@@ -329,8 +330,7 @@ def leakage(
         read = [texts[i * len(texts) // count] for i in range(count)] if len(texts) > 1 else []
         with_r = [privileged(rollout.example, kind, text, config.privileged_template) for text in read]
         response = [rollout.response.token_ids[: config.leakage_tokens]]
-        with inference(policy):
-            student = policy(response_side, encoder.batch([rollout.prompt], response))
+        student = inferred_side(policy, encoder.batch([rollout.prompt], response))
         prompts = [encoder(example) for example in with_r or [rollout.example] * count]
         teachers = [teacher.side(encoder.batch([prompt], response)).logits(like=student) for prompt in prompts]
         if len(texts) > 1:

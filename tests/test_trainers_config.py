@@ -1,0 +1,241 @@
+"""Options from a YAML file and the command line, and what is refused before anything is loaded."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import no_kernel
+
+from trainers.config import TrainerConfig, parse
+from trainers.rlsd import DEFAULTS, RLSDConfig
+from trainers.ssd import SSDConfig
+
+pytestmark = no_kernel
+CONFIGS = Path(__file__).resolve().parents[1] / "trainers" / "configs"
+PROGRAMS = {"rlsd": RLSDConfig, "ssd": SSDConfig}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(text, *argv, of=RLSDConfig):
+        (tmp_path / "options.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return parse(of, ["--testbed", "arithmetic", f"--config={tmp_path}/options.yaml", *argv], "")
+
+    return read
+
+
+@pytest.fixture
+def refused(capsys):
+    def refused(call, *arguments, **options):
+        """The message with which the program ends."""
+        with pytest.raises(SystemExit) as exit:
+            call(*arguments, **options)
+        assert exit.value.code == 2
+        return capsys.readouterr().err.partition("error: ")[::2]
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("learning_rate: 1e-4", 1e-4),  # text to PyYAML
+        ("learning_rate: 0.5", 0.5),
+        ("learning_rate: 1", 1.0),
+        ("max_steps: 7", 7),
+        ("bf16: true", True),
+        ("bf16: yes", True),
+        ("scale_rewards: false", False),
+        ("report_to: [tensorboard, trackio]", ["tensorboard", "trackio"]),
+        ("report_to: trackio", ["trackio"]),
+        ("report_to: []", []),
+        ("lora_target_modules: []", []),  # not the default
+        ("run_name: a café = b", "a café = b"),
+        ('run_name: ""', ""),
+        ("run_name: --x", "--x"),
+        ("teacher: ema", "ema"),
+        ("teacher_sync_steps: 0", 0),
+        ("divergence_token_clip: 1e-2", 1e-2),
+        ('privileged_template: "H{privileged}|{prompt}"', "H{privileged}|{prompt}"),
+    ],
+)
+def test_a_value_in_the_file_is_the_options_value(read, line, value):
+    found, rest = vars(read(line)), vars(RLSDConfig(testbed="arithmetic"))
+    name = line.partition(":")[0]
+    assert found[name] == value
+    assert type(found[name]) is type(value)
+    assert {**found, name: None} == {**rest, name: None}
+
+
+def test_lists_of_numbers_in_the_file(read):
+    assert read("eval_temperatures: [1, 1e-1, -2]", of=SSDConfig).eval_temperatures == [1.0, 0.1, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("line", "argv", "value"),
+    [
+        ("max_steps: 7", ["--max_steps=8"], 8),
+        ("max_steps: 7", ["--max-steps", "8"], 8),
+        ("scale_rewards: false", ["--scale_rewards"], True),
+        ("scale_rewards: true", ["--no_scale_rewards"], False),
+        ("scale_rewards: true", ["--scale_rewards=false"], False),
+        ("report_to: [tensorboard, trackio]", ["--report_to", "trackio"], ["trackio"]),
+        ("report_to: [tensorboard]", ["--report_to"], []),
+        ("teacher: ema", ["--teacher=live"], "live"),
+    ],
+)
+def test_the_command_line_wins(read, line, argv, value):
+    assert getattr(read(line, *argv), line.partition(":")[0]) == value
+
+
+def test_the_place_of_the_file_on_the_command_line_does_not_matter(tmp_path):
+    (tmp_path / "a.yaml").write_text("max_steps: 7\neval_steps: 3")
+    argv = ["--max_steps=8", "--testbed=arithmetic"]
+    last = parse(RLSDConfig, [*argv, "--config", str(tmp_path / "a.yaml")], "")
+    assert last == parse(RLSDConfig, ["--config", str(tmp_path / "a.yaml"), *argv], "")
+    assert (last.max_steps, last.eval_steps) == (8, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("learning_rat: 1", ["'learning_rat'", "did you mean 'learning_rate'?"]),
+        ("xyzzy: 1", ["'xyzzy'"]),
+        ("1: 2", ["1"]),
+        ("config: other.yaml", ["'config'"]),
+        ("max_steps: 1.5", ["--max_steps", "int", "1.5"]),
+        ("max_steps: true", ["--max_steps", "True"]),
+        ("max_steps: [1, 2]", ["2"]),
+        ("learning_rate: fast", ["--learning_rate", "float", "fast"]),
+        ("bf16: maybe", ["--bf16", "maybe"]),
+        ("teacher: alive", ["--teacher", "alive", "live", "frozen", "ema"]),
+        ("max_steps:", ["max_steps", "no value"]),
+        ("max_steps: {a: 1}", ["max_steps", "no value"]),
+        ("- max_steps", ["`name: value`"]),
+        ("", ["`name: value`"]),
+        ("max_steps: [", ["not YAML"]),
+        (b"run_name: caf\xe9", ["not YAML"]),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_blamed_on_it(read, refused, text, named):
+    message = "".join(refused(read, text))
+    assert all(part in message for part in ["options.yaml", *named])
+
+
+def test_a_distant_name_is_no_suggestion(read, refused):
+    assert "did you mean" not in refused(read, "xyzzy: 1")[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--max_steps=1.5"], ["--max_steps", "1.5"]),
+        (["--teacher", "alive"], ["--teacher", "alive", "frozen"]),
+        (["--learning_rat=1"], ["--learning_rat"]),
+        (["--learning=1"], ["--learning"]),  # no abbreviations: --conf would not read the file
+        (["--max_steps=0"], ["max_steps", "0"]),
+        (["--num_generations=1"], ["num_generations", "1"]),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_not_blamed_on_the_file(read, refused, argv, named):
+    before, message = refused(read, "eval_steps: 3", *argv)
+    assert all(part in message for part in named)
+    assert "options.yaml" not in before + message
+
+
+@pytest.mark.parametrize("argv", [["--config", "missing.yaml"], ["--config=missing.yaml"], ["--conf", "missing.yaml"]])
+def test_a_missing_file_is_named(refused, argv):
+    assert "missing.yaml" in refused(parse, RLSDConfig, ["--testbed=arithmetic", *argv], "")[1]
+
+
+@pytest.mark.parametrize("config", [TrainerConfig, RLSDConfig, SSDConfig])
+def test_help_explains_every_option(config, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(config, ["--help"], "what it does")
+    assert exit.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{entry.name}" in shown and entry.metadata["help"] for entry in fields(config))
+
+
+@pytest.mark.parametrize("given", [{}, {"model_name_or_path": "m"}, {"train_dataset": "d"}])
+@pytest.mark.parametrize("config", [TrainerConfig, RLSDConfig, SSDConfig])
+def test_a_model_and_data_or_a_testbed_must_be_given(config, given):
+    with pytest.raises(ValueError, match=r"model_name_or_path.*train_dataset.*testbed"):
+        config(**given)
+    config(model_name_or_path="m", train_dataset="d")
+    config(testbed="arithmetic", **given)
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        *((TrainerConfig, {name: 0}) for name in (
+            "max_completion_length", "per_device_train_batch_size", "per_device_generation_batch_size", "max_steps",
+            "eval_steps", "save_steps", "save_total_limit", "verifier_workers",
+        )),
+        (TrainerConfig, {"report_to": ["tensorboard", "wandb"]}),
+        *((RLSDConfig, {"num_generations": 1, "method": method}) for method in sorted(DEFAULTS) if method != "opsd"),
+        (RLSDConfig, {"temperature": 0.0}),
+        (RLSDConfig, {"max_steps": 0}),
+        (SSDConfig, {"train_temperature": 0.0}),
+        (SSDConfig, {"eval_samples": 4}),
+        (SSDConfig, {"max_steps": 0}),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_by_name(config, wrong):
+    (name, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=name) as refusal:
+        config(testbed="arithmetic", **wrong)
+    assert str(value if not isinstance(value, list) else value[-1]) in str(refusal.value)
+
+
+def test_opsd_needs_no_group():
+    assert RLSDConfig(testbed="arithmetic", method="opsd", num_generations=1).num_generations == 1
+
+
+@pytest.mark.parametrize(("launched", "bf16", "allowed"), [
+    ("no", False, True), ("no", True, True), ("bf16", True, True), ("bf16", False, False), ("fp16", True, False),
+])  # fmt: skip
+def test_accelerates_precision_must_be_the_options(monkeypatch, launched, bf16, allowed):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    if allowed:
+        TrainerConfig(testbed="arithmetic", bf16=bf16)
+    else:
+        with pytest.raises(ValueError, match="--bf16"):
+            TrainerConfig(testbed="arithmetic", bf16=bf16)
+
+
+@pytest.mark.parametrize("method", sorted(DEFAULTS))
+def test_a_methods_defaults_are_those_of_its_paper(method):
+    config = RLSDConfig(testbed="arithmetic", method=method)
+    names = ("teacher", "teacher_sync_steps", "privilege", "divergence")
+    assert {name: getattr(config, name) for name in names} == {
+        "rlsd": {"teacher": "frozen", "teacher_sync_steps": 10, "privilege": "answer", "divergence": "forward_kl"},
+        "grpo": {"teacher": "live", "teacher_sync_steps": 0, "privilege": "answer", "divergence": "forward_kl"},
+        "opsd": {"teacher": "frozen", "teacher_sync_steps": 0, "privilege": "solution", "divergence": "forward_kl"},
+        "sdpo": {"teacher": "ema", "teacher_sync_steps": 0, "privilege": "rollout", "divergence": "jsd"},
+        "grpo+opsd": {
+            "teacher": "frozen",
+            "teacher_sync_steps": 0,
+            "privilege": "solution",
+            "divergence": "forward_kl",
+        },
+    }[method]
+
+
+@pytest.mark.parametrize("method", sorted(DEFAULTS))
+def test_a_given_option_takes_precedence_over_the_methods_default(read, method):
+    given = {"teacher": "live", "teacher_sync_steps": 0, "privilege": "feedback", "divergence": "reverse_kl"}
+    config = read(f"method: {method}\nteacher: ema\nteacher_sync_steps: 0", "--teacher=live", "--privilege=feedback",
+                  "--divergence=reverse_kl")  # fmt: skip
+    assert {name: getattr(config, name) for name in given} == given
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_are_read(path):
+    config = parse(PROGRAMS[path.name.partition("_")[0]], ["--config", str(path)], "")
+    assert config.testbed is not None or config.train_dataset is not None
+
+
+def test_configs_are_shipped():
+    assert {path.name.partition("_")[0] for path in CONFIGS.glob("*.yaml")} >= {"rlsd"}
