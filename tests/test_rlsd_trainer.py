@@ -1,19 +1,14 @@
 """trainers.rlsd with tiny random models: every method, every way to start and to go on, the same numbers."""
 
-import json
-import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import no_kernel
 from PIL import Image
+from programs import close, ended, free_port, metrics_of, started
 from safetensors.torch import load_file
 from tiny import VERIFIER, rows, save_model, vision_processor, write_rows
 
@@ -25,18 +20,8 @@ from trainers.prompts import Encoder
 from trainers.rlsd import DEFAULTS
 from trainers.rollouts import Environment
 
-pytestmark = no_kernel
+pytestmark = [no_kernel, pytest.mark.usefixtures("one_thread")]
 METHODS = sorted(DEFAULTS)
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +44,6 @@ def arguments(folder, output, **options):
     return [f"--{name}={value}" for name, value in options.items()]
 
 
-def metrics_of(output):
-    """The logged rows, without what depends on the clock."""
-    logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in logged]
-
-
 def train(folder, output, **options):
     rlsd.main(arguments(folder, output, **options))
     return metrics_of(output)
@@ -72,13 +51,6 @@ def train(folder, output, **options):
 
 def weights_of(output, step=3):
     return load_file(output / f"checkpoint-{step}" / "model.safetensors")
-
-
-def close(found, expected, rtol):
-    assert [sorted(row) for row in found] == [sorted(row) for row in expected]
-    for row, wanted in zip(found, expected, strict=True):
-        for name, value in row.items():
-            assert value == pytest.approx(wanted[name], rel=rtol, abs=rtol * 0.1), (name, row["step"])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -229,19 +201,6 @@ def test_an_output_directory_is_not_overwritten(folder, tmp_path):
         train(folder, tmp_path / "out", max_steps=1)
 
 
-def started(command, output, **environment):
-    """The program in a process of its own, one thread."""
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=output, env=variables, stderr=subprocess.PIPE, text=True
-    )
-
-
-def ended(process):
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors[-3000:]
-
-
 def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(folder, tmp_path):
     """kill -9 at random times, while steps run and while checkpoints are written."""
     options = {"max_steps": 12, "per_device_train_batch_size": 4, "num_minibatches": 2, "method": "sdpo"}
@@ -274,12 +233,6 @@ def alone(folder, tmp_path_factory):
 
 
 SHARED = {"num_minibatches": 2, "teacher": "ema", "per_device_train_batch_size": 2, "eval_steps": 3}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(("launcher", "fsdp"), [("torchrun", False), ("torchrun", True), ("accelerate", False)])

@@ -10,7 +10,7 @@ from trainers.config import TrainerConfig, parse
 from trainers.rlsd import DEFAULTS, RLSDConfig
 from trainers.ssd import SSDConfig
 
-pytestmark = no_kernel
+pytestmark = [no_kernel, pytest.mark.usefixtures("one_thread")]
 CONFIGS = Path(__file__).resolve().parents[1] / "trainers" / "configs"
 PROGRAMS = {"rlsd": RLSDConfig, "ssd": SSDConfig}
 

@@ -9,7 +9,7 @@ from conftest import no_kernel
 from trainers.config import TrainerConfig
 from trainers.data import Example, batch_of, load_examples, seed_of
 
-pytestmark = no_kernel
+pytestmark = [no_kernel, pytest.mark.usefixtures("one_thread")]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
 ROWS = [
     {"prompt": "1 + 1?", "reference": "2", "solutions": ["two", "it is 2"]},

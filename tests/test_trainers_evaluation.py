@@ -13,7 +13,7 @@ from trainers.evaluation import correct_counts, paired_difference, pass_at_k, ra
 from trainers.generation import Sampling
 from trainers.verifiers import Verdict
 
-pytestmark = no_kernel
+pytestmark = [no_kernel, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 8])

@@ -28,7 +28,7 @@ from trainers.policy import Policy
 from trainers.processes import device
 from trainers.prompts import Encoder, Prompt
 
-pytestmark = no_kernel
+pytestmark = [no_kernel, pytest.mark.usefixtures("one_thread")]
 EOS, OTHER = 0, 42
 WORDS = tokenizer()
 TEXTS = [f"Say {'very ' * (i % 5)}{i}:" for i in range(20)]

@@ -14,7 +14,7 @@ from trainers.policy import response_side
 from trainers.processes import device
 from trainers.prompts import PRIVILEGED_TEMPLATES, Encoder, Prompt, by_length, privileged, stack_media
 
-pytestmark = no_kernel
+pytestmark = [no_kernel, pytest.mark.usefixtures("one_thread")]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "1+1"}]
 IMAGE = {"type": "image"}
 

@@ -94,6 +94,9 @@ def vision_processor():
         def check_argument_for_proper_class(self, argument_name, argument):
             return type(argument)
 
+        def save_pretrained(self, directory):
+            self.tokenizer.save_pretrained(directory)
+
     size = {"shortest_edge": 256, "longest_edge": 1024}
     images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, size=size)
     return ImageProcessor(images, tokenizer(), None, CHAT_TEMPLATE)

@@ -143,6 +143,10 @@ def make(directory: Path, seed: int = 0, max_steps: int = 2000) -> None:
     problems = draw_problems(4096 + 512, random.Random(seed_of(seed, "problems")))
     columns = TextColumn("arithmetic testbed"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn()
     rate = 0.0
+
+    def adamw(learning_rate: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+
     with Progress(*columns, console=Console()) as progress:
         task = progress.add_task("", total=TARGET_PASS_RATE, state="")
 
@@ -153,11 +157,11 @@ def make(directory: Path, seed: int = 0, max_steps: int = 2000) -> None:
             progress.update(task, completed=rate, state=f"step {step}, loss {loss:.3f}, pass rate {rate:.1%}")
             return rate >= TARGET_PASS_RATE or step == max_steps
 
-        pretrain(model, batches(tokenizer, (0.5, 0.5, 0.0), rng), 2e-3, 20, adds)
+        pretrain(model, batches(tokenizer, (0.5, 0.5, 0.0), rng), [adamw(2e-3)], lambda step: min(1.0, step / 20), adds)
         if rate < TARGET_PASS_RATE:
             raise RuntimeError(f"the pass rate is {rate:.3f} after {max_steps} steps, below {TARGET_PASS_RATE}")
         hinted = itertools.islice(batches(tokenizer, (0.15, 0.2, 0.65), rng), HINT_STEPS)
-        pretrain(model, hinted, 1e-3, 1, lambda step, loss: False)
+        pretrain(model, hinted, [adamw(1e-3)], lambda step: 1.0, lambda step, loss: False)
     model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
     for name, part in (("train", problems[:4096]), ("eval", problems[4096:])):

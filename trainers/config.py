@@ -61,6 +61,7 @@ class TrainerConfig:
     max_completion_length: int = option(512, "tokens a response may have, EOS included")
 
     verifier: str = option("numeric", "exact, numeric, python, or your.module:function, for rows that name none")
+    finished_only: bool = option(False, "reward 0 for responses that were cut off at max_completion_length")
     verifier_workers: int = option(2, "processes that verify")
     verifier_timeout: float = option(30.0, "seconds after which a verification counts as failed")
 
@@ -92,10 +93,13 @@ class TrainerConfig:
         """Refuse what cannot work, before anything is loaded."""
         if (self.model_name_or_path is None or self.train_dataset is None) and self.testbed is None:
             raise ValueError("give --model_name_or_path and --train_dataset, or --testbed")
-        for name in ("max_completion_length", "per_device_train_batch_size", "per_device_generation_batch_size",
-                     "max_steps", "eval_steps", "save_steps", "save_total_limit", "verifier_workers"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.require_positive(
+            "max_completion_length", "per_device_train_batch_size", "per_device_generation_batch_size", "max_steps",
+            "eval_steps", "save_steps", "save_total_limit", "verifier_workers", "verifier_timeout", "learning_rate",
+            "max_grad_norm",
+        )  # fmt: skip
+        if self.use_vllm and self.lora_r:
+            raise ValueError("use_vllm needs whole weights: adapters (lora_r) cannot be handed over")
         if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", "bf16" if self.bf16 else "no"):
             raise ValueError(
                 "precision is this program's option: give --bf16 instead of accelerate's --mixed_precision"
@@ -103,6 +107,12 @@ class TrainerConfig:
         unknown = set(self.report_to) - {"tensorboard", "trackio"}
         if unknown:
             raise ValueError(f"report_to knows tensorboard and trackio, got {sorted(unknown)}")
+
+    def require_positive(self, *names: str) -> None:
+        """Refuse options that are 0 or less."""
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 def parse(config_class: type[Config], argv: list[str], description: str) -> Config:
@@ -124,6 +134,7 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
             prog, parser.prog = parser.prog, f"{parser.prog}: {path.config}"
             parser.parse_args(in_file)
             parser.prog = prog
+        parser.parse_args([*in_file, *given])
         (config, _) = parser.parse_args_into_dataclasses([*in_file, *given], look_for_args_file=False)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -133,7 +144,7 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
 def _yaml_arguments(path: Path, config_class: type) -> list[str]:
     """The options of a YAML file as command-line arguments, so that both are read and checked alike."""
     try:
-        values = yaml.safe_load(path.read_bytes())
+        values = yaml.load(path.read_bytes(), yaml.BaseLoader)  # text, for argparse to read: 1e-4 is a number there
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
@@ -146,10 +157,10 @@ def _yaml_arguments(path: Path, config_class: type) -> list[str]:
             raise ValueError(
                 f"{path}: there is no option {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
             )
-        if value is None or isinstance(value, dict):
+        if isinstance(value, dict) or value in ("", "~", "null"):
             raise ValueError(f"{path}: {name} has no value; leave it out for the default")
         if isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)]
+            arguments += [f"--{name}", *value]
         else:
             arguments.append(f"--{name}={value}")
     return arguments

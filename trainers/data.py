@@ -1,6 +1,7 @@
 """Prompts with what verifies them, from a file or a named dataset; a fault is reported with file, line and field."""
 
 import csv
+import functools
 import hashlib
 import json
 import random
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config import TrainerConfig
-from trainers.verifiers import load_verifier
+from trainers.verifiers import BUILT_IN, load_verifier
 
 Chat = list[dict[str, Any]]  # messages with "role" and "content", the last one of a user
 
@@ -35,9 +36,12 @@ def seed_of(*parts: int | str) -> int:
 def batch_of(examples: Sequence[Example], size: int, step: int, seed: int) -> list[Example]:
     """The examples of the `step`-th step, counted from 1: epochs in random order, one after the other."""
     places = range((step - 1) * size, step * size)
-    epochs = {place // len(examples) for place in places}
-    orders = {epoch: random.Random(seed_of(seed, "epoch", epoch)).sample(examples, len(examples)) for epoch in epochs}
-    return [orders[place // len(examples)][place % len(examples)] for place in places]
+    return [examples[_order(len(examples), seed, place // len(examples))[place % len(examples)]] for place in places]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
 
 
 def load_examples(config: TrainerConfig, name: str, split: str, *, needs: Sequence[str] = ()) -> list[Example]:
@@ -129,7 +133,7 @@ def _example(config: TrainerConfig, row: dict[str, Any], source: str, needs: Seq
         images=tuple(images) if isinstance(images, list | tuple) else (images,),
         source=source,
     )
-    for field in needs:
+    for field in {*needs, *(["reference"] if example.verifier in BUILT_IN else [])}:
         if getattr(example, field) in (None, "", (), []):
             wanted = getattr(config, f"{field}_column")
             raise ValueError(f"{source}: no {wanted!r} ({field}_column), which this run needs")

@@ -143,8 +143,6 @@ class _VLLM:
     def __init__(self, config: TrainerConfig) -> None:
         import vllm
 
-        if config.lora_r:
-            raise ValueError("use_vllm needs whole weights: adapters (lora_r) cannot be handed over")
         self.vllm = vllm
         self.max_tokens = config.max_completion_length
         self.engine = vllm.LLM(

@@ -77,6 +77,8 @@ class Encoder:
     def __call__(self, example: Example) -> Prompt:
         """Token ids and media of the example's prompt, ready for a response to follow."""
         if isinstance(example.prompt, str) and not self.as_chat and not example.images:
+            if self.system_prompt:
+                raise ValueError(f"{example.source}: system_prompt is for chats; make one of the text with --as_chat")
             return Prompt(self.tokenizer(example.prompt)["input_ids"], {})
         encoded = self.processor.apply_chat_template(
             self._chat(example), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -52,8 +52,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "sdpo": {"teacher": "ema", "privilege": "rollout", "divergence": "jsd"},
     "grpo+opsd": {"teacher": "frozen", "privilege": "solution", "divergence": "forward_kl"},
 }
-PLOTTED = ("reward", "eval/reward", "entropy", "evidence_clipped", "information_gain_abs", "ratio_clipped",
-           "leakage/total", "leakage/mutual_information", "divergence", "gradient_norm", "tokens_per_second")  # fmt: skip
+PLOTTED = (
+    "reward", "eval/reward", "entropy", "evidence_clipped", "information_gain_abs", "ratio_clipped", "divergence",
+    "leakage/total", "leakage/mutual_information", "gradient_norm", "tokens_per_second",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -99,17 +101,24 @@ class RLSDConfig(TrainerConfig):
         for name, value in {**defaults, **DEFAULTS[self.method]}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self.require_positive(
+            "num_prompts", "num_generations", "num_minibatches", "num_iterations", "temperature", "leakage_prompts",
+            "leakage_samples", "leakage_tokens",
+        )  # fmt: skip
         if self.num_generations < 2 and self.method != "opsd":
-            raise ValueError(f"num_generations must be at least 2 for a group, got {self.num_generations}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+            raise ValueError(f"{self.method} compares the responses of a group: num_generations must be at least 2")
+        if self.num_prompts % self.num_minibatches:
+            raise ValueError(f"num_prompts must be a multiple of num_minibatches, got {self.num_prompts}")
+        template = self.privileged_template
+        if template is not None and not ("{prompt}" in template and "{privileged}" in template):
+            raise ValueError("privileged_template must hold {prompt} and {privileged}, got " + repr(template))
 
 
 def train(config: RLSDConfig) -> None:
     """Train from the model, or from the last checkpoint, to `max_steps`."""
     directory = open_output(config)
-    needs = {"answer": ["reference"], "solution": ["solutions"]}.get(config.privilege, [])
-    examples = load_examples(config, config.train_dataset, config.train_split, needs=needs)
+    needs = {"answer": ["reference"], "solution": ["solutions"]} if config.method != "grpo" else {}
+    examples = load_examples(config, config.train_dataset, config.train_split, needs=needs.get(config.privilege, []))
     held_out = load_examples(config, config.eval_dataset, config.eval_split) if config.eval_dataset else []
     newest = checkpoint.last(directory) if config.resume else None
     start = checkpoint.step_of(newest) if newest else 0

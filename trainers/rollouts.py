@@ -53,6 +53,7 @@ class Environment:
         self.encoder = encoder
         self.generator = Generator(config, encoder.tokenizer)
         self.verify = VerifierPool(config.verifier_workers, config.verifier_timeout)
+        self.finished_only = config.finished_only
 
     def __enter__(self) -> "Environment":
         self.verify.__enter__()
@@ -69,6 +70,9 @@ class Environment:
         responses = self.generator(policy, prompts, seeds, sampling)
         texts = self.encoder.decode([response.token_ids for response in responses])
         verdicts = self.verify([e.verifier for e in examples], texts, [e.reference for e in examples])
+        if self.finished_only:
+            cut = Verdict(0.0, "the response is too long")
+            verdicts = [v if r.finished else cut for v, r in zip(verdicts, responses, strict=True)]
         return [Rollout(*columns) for columns in zip(examples, prompts, responses, texts, verdicts, strict=True)]
 
     def evaluate(self, policy: nn.Module, examples: Sequence[Example], sampling: Sampling, seed: int) -> float:

@@ -74,8 +74,9 @@ class SSDConfig(TrainerConfig):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         super().__post_init__()
-        if self.train_temperature <= 0:
-            raise ValueError(f"train_temperature must be positive, got {self.train_temperature}")
+        self.require_positive("train_temperature", "support_size", "chunk_size", "train_batch_size", "terms_steps")
+        if not self.base_temperatures or not self.eval_temperatures:
+            raise ValueError("base_temperatures and eval_temperatures must not be empty")
         if self.eval_samples < 5:
             raise ValueError(f"pass@5 needs at least 5 eval_samples, got {self.eval_samples}")
 

@@ -3,14 +3,14 @@
 import importlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from trainers.config import TrainerConfig
@@ -44,19 +44,25 @@ def with_testbed(config: Config) -> Config:
 def pretrain(
     model: PreTrainedModel,
     batches: Iterable[tuple[Tensor, Tensor]],
-    learning_rate: float,
-    warmup_steps: int,
+    optimizers: Sequence[Optimizer],
+    factor: Callable[[int], float],
     on_step: Callable[[int, float], bool],
 ) -> None:
-    """AdamW on (token ids, labels), both (B, T), until they end or `on_step(step, loss)` is true."""
-    optimizer = AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    """Train on (token ids, labels), both (B, T), until they end or `on_step(step, loss)` is true.
+
+    `factor(step)`, with steps counted from 1, multiplies the optimizers' learning rates.
+    """
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     model.train()
     for step, (token_ids, labels) in enumerate(batches, 1):
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, step / warmup_steps)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * factor(step)
         loss = model(input_ids=token_ids, labels=labels, use_cache=False).loss
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if on_step(step, loss.item()):
             return
