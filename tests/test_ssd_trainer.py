@@ -40,7 +40,7 @@ def arguments(folder, output, **options):
         "stub_length": 0, "terms_steps": 1, "save_steps": 1, "eval_samples": 6,
     } | options  # fmt: skip
     flags = [f"--{name}={value}" for name, value in options.items()]
-    return [*flags, "--base_temperatures", "0.5", "1", "--eval_temperatures", "1"]
+    return [*flags, "--base_decodes", "0.5/20/0.8", "1", "--eval_decodes", "1"]
 
 
 def train(folder, output, **options):
@@ -72,14 +72,23 @@ def test_it_samples_trains_and_evaluates(folder, tmp_path, objective):
             assert row["loss"] == pytest.approx(row["cross_entropy"], rel=1e-5)
     assert logged[-1]["loss"] < logged[0]["loss"]  # the batch is all samples
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [(row["model"], row["temperature"]) for row in report] == [("base", 0.5), ("base", 1.0), ("student", 1.0)]
-    for row in report:
-        stored = json.loads(
-            (tmp_path / "out" / "evaluation" / f"{row['model']}-{row['temperature']:g}.json").read_text()
-        )
-        assert row["pass@5"][0] == pytest.approx(sum(pass_at_k(6, c, 5) for c in stored["correct"]) / 5)
-    best = max(report[:2], key=lambda row: row["pass@1"][0])
-    assert report[2]["pass@1 gain"][0] == pytest.approx(report[2]["pass@1"][0] - best["pass@1"][0])
+    base, untruncated, student = report["rows"]
+    assert [(row["model"], row["decode"]) for row in report["rows"]] == [
+        ("base", "0.5/20/0.8"),
+        ("base", "1"),
+        ("student", "1"),
+    ]
+    stored = {entry["model"] + entry["decode"]: entry["correct"] for entry in map(json.loads, (
+        path.read_text() for path in (tmp_path / "out" / "evaluation").glob("*.json")))}  # fmt: skip
+    for row in report["rows"]:
+        counts = stored[row["model"] + row["decode"]]
+        assert row["pass@5"][0] == pytest.approx(sum(pass_at_k(6, c, 5) for c in counts) / 5)
+        hardest = min(range(5), key=stored["difficulty0.5/20/0.8"].__getitem__)
+        assert row["hard pass@1"][0] == pytest.approx(counts[hardest] / 6)
+    assert student["pass@1 - same base"][0] == pytest.approx(student["pass@1"][0] - untruncated["pass@1"][0])
+    best = max(base, untruncated, key=lambda row: row["pass@1"][0])
+    assert report["best base decode"] == best["decode"]
+    assert student["pass@1 - best base"][0] == pytest.approx(student["pass@1"][0] - best["pass@1"][0])
     assert (tmp_path / "out" / "plot.png").stat().st_size > 10_000
 
 
@@ -131,7 +140,7 @@ def test_resumed_at_any_part_it_ends_with_the_same_bits(folder, tmp_path):
         "samples/0000007.jsonl",
         "samples/0000014.jsonl",
         "evaluation/base-1.json",
-        "evaluation/student-1.json",
+        "evaluation/student-0.json",
     ]:
         (tmp_path / "cut" / path).unlink()
     for checkpoint in (tmp_path / "cut").glob("checkpoint-*"):

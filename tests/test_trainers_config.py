@@ -51,7 +51,6 @@ def refused(capsys):
         ("report_to: []", []),
         ("lora_target_modules: []", []),  # not the default
         ("run_name: a café = b", "a café = b"),
-        ('run_name: ""', ""),
         ("run_name: --x", "--x"),
         ("teacher: ema", "ema"),
         ("teacher_sync_steps: 0", 0),
@@ -67,8 +66,16 @@ def test_a_value_in_the_file_is_the_options_value(read, line, value):
     assert {**found, name: None} == {**rest, name: None}
 
 
-def test_lists_of_numbers_in_the_file(read):
-    assert read("eval_temperatures: [1, 1e-1, -2]", of=SSDConfig).eval_temperatures == [1.0, 0.1, -2.0]
+def test_lists_in_the_file(read):
+    decodes = ["1.0", "1e-1", "0.8/20/0.95"]
+    assert read(f"eval_decodes: [{', '.join(decodes)}]", of=SSDConfig).eval_decodes == decodes
+
+
+@pytest.mark.parametrize("decode", ["hot", "1/20", "1/20/0.8/3", "1/twenty/0.8", ""])
+def test_a_decode_is_a_temperature_and_maybe_filters(read, decode, capsys):
+    with pytest.raises(SystemExit):
+        read(f"eval_decodes: ['{decode}']", of=SSDConfig)
+    assert "a decode is temperature or temperature/top-k/top-p" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -104,7 +111,7 @@ def test_the_place_of_the_file_on_the_command_line_does_not_matter(tmp_path):
         ("1: 2", ["1"]),
         ("config: other.yaml", ["'config'"]),
         ("max_steps: 1.5", ["--max_steps", "int", "1.5"]),
-        ("max_steps: true", ["--max_steps", "True"]),
+        ("max_steps: true", ["--max_steps", "true"]),
         ("max_steps: [1, 2]", ["2"]),
         ("learning_rate: fast", ["--learning_rate", "float", "fast"]),
         ("bf16: maybe", ["--bf16", "maybe"]),

@@ -18,7 +18,7 @@ ROWS = [
 
 
 def config(**options):
-    return TrainerConfig(testbed="arithmetic", **{"verifier": "exact"} | options)
+    return TrainerConfig(testbed="arithmetic", **{"verifier": "operator:eq"} | options)
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def load(tmp_path, monkeypatch):
 
 def test_a_row_becomes_an_example(load):
     (first, second) = load("a.jsonl", [{**ROWS[0], "images": "a.png", "other": 1}, {"prompt": CHAT, "solutions": "4"}])
-    assert first == Example("1 + 1?", "2", ("two", "it is 2"), "exact", ("a.png",), "a.jsonl:1")
-    assert second == Example(CHAT, None, ("4",), "exact", (), "a.jsonl:2")
+    assert first == Example("1 + 1?", "2", ("two", "it is 2"), "operator:eq", ("a.png",), "a.jsonl:1")
+    assert second == Example(CHAT, None, ("4",), "operator:eq", (), "a.jsonl:2")
 
 
 def test_columns_can_have_other_names(load):
@@ -77,9 +77,9 @@ def test_a_csv_is_text(load):
     """Numbers keep their digits, and a line is a line of the file."""
     found = load("a.csv", 'prompt,reference,solutions,verifier\n"a, ""b""\nc",007,,\nd,1.50,NA,python\ne,NA,"x\ny",\n')
     assert found == [
-        Example('a, "b"\nc', "007", (), "exact", (), "a.csv:3"),
+        Example('a, "b"\nc', "007", (), "operator:eq", (), "a.csv:3"),
         Example("d", "1.50", ("NA",), "python", (), "a.csv:4"),
-        Example("e", "NA", ("x\ny",), "exact", (), "a.csv:6"),
+        Example("e", "NA", ("x\ny",), "operator:eq", (), "a.csv:6"),
     ]
 
 
@@ -184,12 +184,19 @@ def test_a_missing_file_is_named(tmp_path, suffix):
 def test_each_row_can_name_its_verifier(load, tmp_path):
     (tmp_path / "own.py").write_text("def f(response, reference):\n    return 1.0\n")
     names = ["python", f"{tmp_path}/own.py:f", None, ""]
-    found = load("a.jsonl", [{"prompt": "x", "verifier": name} for name in names])
-    assert [example.verifier for example in found] == ["python", f"{tmp_path}/own.py:f", "exact", "exact"]
+    found = load("a.jsonl", [{"prompt": "x", "reference": "1", "verifier": name} for name in names])
+    assert [e.verifier for e in found] == ["python", f"{tmp_path}/own.py:f", "operator:eq", "operator:eq"]
+
+
+@pytest.mark.parametrize("verifier", ["exact", "numeric", "python"])
+def test_a_built_in_verifier_needs_a_reference(load, verifier):
+    rows = [{"prompt": "x", "reference": "1", "verifier": verifier}, {"prompt": "y", "verifier": verifier}]
+    with pytest.raises(ValueError, match=r"a.jsonl:2: no 'reference'"):
+        load("a.jsonl", rows)
 
 
 def test_an_unknown_default_verifier_matters_only_where_it_is_used(load):
-    rows = [{"prompt": "x", "verifier": "exact"}, {"prompt": "y"}]
+    rows = [{"prompt": "x", "verifier": "operator:eq"}, {"prompt": "y"}]
     load("a.jsonl", rows[:1], verifier="unknown")
     with pytest.raises(ValueError, match=r"a.jsonl:2.*'unknown'"):
         load("a.jsonl", rows, verifier="unknown")

@@ -35,11 +35,15 @@ def text_of(prompt):
     return tokenizer().decode(prompt.token_ids)
 
 
+def test_plain_text_has_no_turn_for_a_system_prompt():
+    with pytest.raises(ValueError, match=r"a.jsonl:1: system_prompt is for chats"):
+        encoder(tokenizer(), system_prompt="S")(example("1+1"))
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "expected"),
     [
         ("1+1", {}, "1+1"),
-        ("1+1", {"system_prompt": "S"}, "1+1"),  # plain text has no turns
         ("1+1", {"as_chat": True}, "<|im_start|>user 1+1<|im_end|>"),
         ("1+1", {"as_chat": True, "system_prompt": "S"},
          "<|im_start|>system S<|im_end|><|im_start|>user 1+1<|im_end|>"),

@@ -30,6 +30,18 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
 
+    @classmethod
+    def parse(cls, text: str) -> "Sampling":
+        """As SSD's tables write it: temperature, or temperature/top-k/top-p, 0 and 1 meaning none."""
+        temperature, *filters = text.split("/")
+        try:
+            top_k, top_p = filters or ("0", "1")
+            return cls(float(temperature), int(top_k), float(top_p))
+        except ValueError:
+            raise ValueError(
+                f"a decode is temperature or temperature/top_k/top_p, as 0.8/20/0.95; got {text!r}"
+            ) from None
+
 
 class Response(NamedTuple):
     """Sampled tokens, EOS included unless the response was cut off at the limit."""

@@ -168,8 +168,9 @@ def optimizer_for(policy: nn.Module, config: TrainerConfig) -> tuple[AdamW, Call
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = AdamW(trained, config.learning_rate, betas, weight_decay=config.weight_decay)
     warmup, total = config.warmup_steps, config.max_steps
-    (factor,) = get_scheduler(config.lr_scheduler_type, optimizer, warmup, total).lr_lambdas
-    return optimizer, lambda step: factor(step if warmup else step - 1)  # no step at a rate of 0
+    first = 1 if warmup else 0  # of the schedule's steps, so that no step has a rate of 0
+    (factor,) = get_scheduler(config.lr_scheduler_type, optimizer, warmup, total + first).lr_lambdas
+    return optimizer, lambda step: factor(step - 1 + first)
 
 
 def optimizer_step(policy: nn.Module, optimizer: AdamW, max_norm: float) -> float:

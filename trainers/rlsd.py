@@ -106,7 +106,9 @@ class RLSDConfig(TrainerConfig):
             "leakage_samples", "leakage_tokens",
         )  # fmt: skip
         if self.num_generations < 2 and self.method != "opsd":
-            raise ValueError(f"{self.method} compares the responses of a group: num_generations must be at least 2")
+            raise ValueError(
+                f"{self.method} compares the responses of a group: num_generations must be at least 2, got 1"
+            )
         if self.num_prompts % self.num_minibatches:
             raise ValueError(f"num_prompts must be a multiple of num_minibatches, got {self.num_prompts}")
         template = self.privileged_template

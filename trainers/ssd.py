@@ -12,7 +12,6 @@
 Each part leaves files behind and is not done again on resuming.
 """
 
-import itertools
 import json
 import sys
 import time
@@ -66,17 +65,17 @@ class SSDConfig(TrainerConfig):
     train_batch_size: int = option(32, "samples per step")
     terms_steps: int = option(5, "log the three terms of the loss every so many steps")
     eval_samples: int = option(10, "responses per held-out prompt and setting")
-    eval_top_k: int | None = option(20, "truncation while decoding")
-    eval_top_p: float | None = option(0.8, "likewise")
-    eval_temperatures: list[float] = option([0.7, 0.9, 1.1, 1.3], "T_eval of the student")
-    base_temperatures: list[float] = option([0.3, 0.5, 0.7, 0.9, 1.1], "T_eval of the base, of which the best counts")
+    eval_decodes: list[str] = option(["0.7/20/0.8", "0.9/20/0.8", "1.1/20/0.8", "1.0"], "T_eval/top-k/top-p")
+    base_decodes: list[str] = option(["0.3/20/0.8", "0.5/20/0.8", "0.7/20/0.8", "0.9/20/0.8", "1.0"], "of the base")
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         super().__post_init__()
         self.require_positive("train_temperature", "support_size", "chunk_size", "train_batch_size", "terms_steps")
-        if not self.base_temperatures or not self.eval_temperatures:
-            raise ValueError("base_temperatures and eval_temperatures must not be empty")
+        if not self.base_decodes or not self.eval_decodes:
+            raise ValueError("base_decodes and eval_decodes must not be empty")
+        for decode in (*self.base_decodes, *self.eval_decodes):
+            Sampling.parse(decode)
         if self.eval_samples < 5:
             raise ValueError(f"pass@5 needs at least 5 eval_samples, got {self.eval_samples}")
 
@@ -112,7 +111,7 @@ def train(config: SSDConfig) -> None:
         examples = encoder.short_enough(examples, config.max_prompt_length, tracker.say)
         if not newest:
             record(policy, environment, config, examples, tracker)
-            evaluate(policy, environment, config, held_out, "base", config.base_temperatures, tracker)
+            evaluate(policy, environment, config, held_out, "base", config.base_decodes, tracker)
         samples, support = recorded(directory, encoder, examples, tracker)
         for step in range(start + 1, config.max_steps + 1):
             began = time.perf_counter()
@@ -125,11 +124,11 @@ def train(config: SSDConfig) -> None:
             tracker.log(step, metrics)
             if step % config.save_steps == 0 or step == config.max_steps:
                 checkpoint.save(directory, step, policy, optimizer, None, processor, config.save_total_limit)
-        evaluate(policy, environment, config, held_out, "student", config.eval_temperatures, tracker)
+        evaluate(policy, environment, config, held_out, "student", config.eval_decodes, tracker)
         if rank() == 0:
             plot(directory, PLOTTED, f"SSD ({config.objective}) on {config.testbed or config.train_dataset}")
             if held_out:
-                report(directory, config, tracker)
+                report(directory, tracker)
 
 
 def record(
@@ -255,39 +254,53 @@ def evaluate(
     config: SSDConfig,
     examples: Sequence[Example],
     who: str,
-    temperatures: Sequence[float],
+    decodes: Sequence[str],
     tracker: Tracker,
 ) -> None:
-    """Count right responses at every temperature, into evaluation/<who>-<temperature>.json."""
+    """Count right responses under every decode, into evaluation/<who>-<number>.json.
+
+    The base is sampled once more under its first decode: how hard a problem is must not rest on what it is judged by.
+    """
     folder = Path(config.output_dir) / "evaluation"
     folder.mkdir(exist_ok=True)
-    for temperature in tracker.track(temperatures if examples else [], f"decoding, {who}"):
-        path = folder / f"{who}-{temperature:g}.json"
+    asked = [(who, decode, config.seed) for decode in decodes]
+    if who == "base":
+        asked.append(("difficulty", decodes[0], config.seed + 1))
+    for number, (name, decode, seed) in enumerate(tracker.track(asked if examples else [], f"decoding, {who}")):
+        path = folder / f"{name}-{number}.json"
         if not path.exists():
-            sampling = Sampling(temperature, config.eval_top_k, config.eval_top_p)
-            counts = correct_counts(environment, policy, examples, sampling, config.eval_samples, config.seed)
+            counts = correct_counts(environment, policy, examples, Sampling.parse(decode), config.eval_samples, seed)
             if rank() == 0:
-                write_json(path, {"temperature": temperature, "samples": config.eval_samples, "correct": counts})
+                write_json(path, {"model": name, "decode": decode, "samples": config.eval_samples, "correct": counts})
     barrier()
 
 
-def report(directory: Path, config: SSDConfig, tracker: Tracker) -> None:
-    """The student against the base at its best temperature, as report.json and a table."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted((directory / "evaluation").glob("*.json")):
-        entry = json.loads(path.read_text())
-        for k in (1, 5):
-            entry[f"pass@{k}"] = [pass_at_k(entry["samples"], correct, k) for correct in entry["correct"]]
-        found.setdefault(path.name.split("-")[0], []).append(entry)
-    best = {who: max(entries, key=lambda entry: rate(entry["pass@1"]).mean) for who, entries in found.items()}
-    table = []
-    for who, entry in itertools.chain.from_iterable(((who, e) for e in entries) for who, entries in found.items()):
-        row = {"model": who, "temperature": entry["temperature"], "best": entry is best[who]}
-        for name in ("pass@1", "pass@5"):
-            row[name], row[f"{name} gain"] = rate(entry[name]), paired_difference(entry[name], best["base"][name])
-        table.append(row)
-    write_json(directory / "report.json", table)
-    tracker.table("held-out problems; gains over the base at its best temperature", table)
+def report(directory: Path, tracker: Tracker) -> None:
+    """Every decode against the base under the same and under its best one, as report.json and a table."""
+    entries = [json.loads(path.read_text()) for path in sorted((directory / "evaluation").glob("*.json"))]
+    (difficulty,) = (entry["correct"] for entry in entries if entry["model"] == "difficulty")
+    hard = sorted(range(len(difficulty)), key=difficulty.__getitem__)[: len(difficulty) // 3 or 1]
+    rates = {
+        (entry["model"], entry["decode"], k): [pass_at_k(entry["samples"], c, k) for c in entry["correct"]]
+        for entry in entries
+        for k in (1, 5)
+    }
+    decodes = [decode for model, decode, k in rates if (model, k) == ("base", 1)]
+    best = max(decodes, key=lambda decode: rate(rates["base", decode, 1]).mean)
+    rows = []
+    for model, decode, k in rates:
+        if k == 1 and model != "difficulty":
+            row: dict[str, Any] = {"model": model, "decode": decode}
+            for name, found in (("pass@1", rates[model, decode, 1]), ("pass@5", rates[model, decode, 5])):
+                against = {"best": rates["base", best, int(name[-1])]}
+                against |= {"same": rates["base", decode, int(name[-1])]} if decode in decodes else {}
+                row |= {name: rate(found), f"hard {name}": rate([found[i] for i in hard])}
+                row |= {f"{name} - {which} base": paired_difference(found, base) for which, base in against.items()}
+            rows.append(row)
+    write_json(directory / "report.json", {"best base decode": best, "rows": rows})
+    shown = ("model", "decode", "pass@1", "pass@1 - best base", "pass@1 - same base", "pass@5", "hard pass@5")
+    table = [{name: row.get(name, "") for name in shown} for row in rows]
+    tracker.table(f"held-out problems; the base's best decode is {best}", table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
