@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 OUT ?= benchmarks/results
 
-.PHONY: bench test check aot gpu clean
+.PHONY: bench test check repro aot gpu clean
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/bench_rlsd_loss.py $(ARGS)
@@ -18,6 +18,10 @@ check: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.* csrc/cpu/*.*
 	$(RUN) -m mypy
+
+# Both trainers on their testbeds, beside the papers' claims: runs/repro. ARGS=--quick for minutes instead of an hour.
+repro: $(VENV)/ready
+	$(RUN) -m trainers.repro $(ARGS)
 
 aot: $(VENV)/ready
 	$(RUN) tests/aot.py $(ARGS)

@@ -47,6 +47,7 @@ class TrainerConfig:
         None, "a .jsonl, .json, .csv or .parquet file, or a name for datasets.load_dataset"
     )
     eval_dataset: str | None = option(None, "likewise; without it nothing is evaluated")
+    num_eval_prompts: int | None = option(None, "prompts of eval_dataset that are used; default: all")
     dataset_config: str | None = option(None, "configuration of a named dataset")
     train_split: str = option("train", "split of a named train_dataset")
     eval_split: str = option("test", "split of a named eval_dataset")
@@ -124,6 +125,7 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
     for action in parser._actions:
         if action.nargs == "+":
             action.nargs = "*"  # a list may be empty
+    parser.usage = "%(prog)s [--config FILE] [--option VALUE ...]"
     parser.add_argument("--config", help="YAML file with any of these options")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")

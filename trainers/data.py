@@ -69,6 +69,13 @@ def load_examples(config: TrainerConfig, name: str, split: str, *, needs: Sequen
     return examples
 
 
+def load_held_out(config: TrainerConfig) -> list[Example]:
+    """What the config has for evaluation, if anything."""
+    if config.eval_dataset is None:
+        return []
+    return load_examples(config, config.eval_dataset, config.eval_split)[: config.num_eval_prompts]
+
+
 def _rows(config: TrainerConfig, name: str, split: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Rows with where they stand."""
     path = Path(name)

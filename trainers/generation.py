@@ -38,9 +38,7 @@ class Sampling:
             top_k, top_p = filters or ("0", "1")
             return cls(float(temperature), int(top_k), float(top_p))
         except ValueError:
-            raise ValueError(
-                f"a decode is temperature or temperature/top_k/top_p, as 0.8/20/0.95; got {text!r}"
-            ) from None
+            raise ValueError(f"a decode is temperature or temperature/top-k/top-p, got {text!r}") from None
 
 
 class Response(NamedTuple):

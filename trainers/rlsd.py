@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from sdkernels import lambda_schedule, opsd_decomposition, rlsd_metrics
 from trainers import checkpoint
 from trainers.config import TrainerConfig, option, parse
-from trainers.data import Example, batch_of, load_examples, seed_of
+from trainers.data import Example, batch_of, load_examples, load_held_out, seed_of
 from trainers.generation import Sampling
 from trainers.losses import Side, call
 from trainers.policy import (
@@ -121,7 +121,7 @@ def train(config: RLSDConfig) -> None:
     directory = open_output(config)
     needs = {"answer": ["reference"], "solution": ["solutions"]} if config.method != "grpo" else {}
     examples = load_examples(config, config.train_dataset, config.train_split, needs=needs.get(config.privilege, []))
-    held_out = load_examples(config, config.eval_dataset, config.eval_split) if config.eval_dataset else []
+    held_out = load_held_out(config)
     newest = checkpoint.last(directory) if config.resume else None
     start = checkpoint.step_of(newest) if newest else 0
 

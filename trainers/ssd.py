@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sdkernels import Support, load_support, save_support
 from trainers import checkpoint
 from trainers.config import TrainerConfig, option, parse
-from trainers.data import Example, batch_of, load_examples, seed_of
+from trainers.data import Example, batch_of, load_examples, load_held_out, seed_of
 from trainers.evaluation import correct_counts, paired_difference, pass_at_k, rate
 from trainers.generation import Sampling
 from trainers.losses import call
@@ -92,7 +92,7 @@ def train(config: SSDConfig) -> None:
     """All three parts."""
     directory = open_output(config)
     examples = load_examples(config, config.train_dataset, config.train_split)[: config.num_train_prompts]
-    held_out = load_examples(config, config.eval_dataset, config.eval_split) if config.eval_dataset else []
+    held_out = load_held_out(config)
     newest = checkpoint.last(directory) if config.resume else None
     start = checkpoint.step_of(newest) if newest else 0
 

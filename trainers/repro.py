@@ -1,0 +1,108 @@
+"""Both methods on their testbeds, several seeds, beside what the papers claim: tables and plots in one folder.
+
+    make repro                # an hour or less on two cores
+    make repro ARGS=--quick   # minutes
+
+Runs are programs of their own, one thread each, as many at a time as there are cores. A run that ended is not repeated,
+one that was cut off is resumed.
+"""
+
+import argparse
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from trainers import repro_report
+from trainers.config import TrainerConfig
+from trainers.testbeds import with_testbed
+
+CONFIGS = Path(__file__).parent / "configs"
+METHODS = ("grpo", "rlsd", "opsd", "sdpo", "grpo+opsd")
+TEMPERATURES = (0.6, 0.8, 1.0, 1.3, 1.6)  # T_train
+EVAL_TEMPERATURES = (0.4, 0.6, 0.8, 1.0, 1.2)
+TRUNCATED = ("0.2/20/0.8", "0.4/20/0.8", "0.6/20/0.8", "0.8/20/0.8", "1.0/20/0.8")
+
+Run = Callable[[], None]
+
+
+def rlsd_runs(folder: Path, methods: Sequence[str], seeds: Sequence[int], steps: int) -> list[Run]:
+    """A run of trainers.rlsd for every method and seed."""
+    return [
+        functools.partial(
+            finish, "rlsd", folder / f"{method}-{seed}", f"checkpoint-{steps}",
+            [f"--method={method}", f"--seed={seed}", f"--max_steps={steps}", "--eval_steps=10", "--leakage_steps=10"],
+        )
+        for seed in seeds
+        for method in methods
+    ]  # fmt: skip
+
+
+def ssd_runs(folder: Path, temperatures: Sequence[float], seeds: Sequence[int], problems: int) -> list[Run]:
+    """For every seed the runs of trainers.ssd, one after the other: the first evaluates the base for all."""
+
+    def chain(seed: int) -> None:
+        first = folder / f"{temperatures[0]:g}-{seed}"
+        for temperature in temperatures:
+            output = folder / f"{temperature:g}-{seed}"
+            if output != first and not output.exists():
+                shutil.copytree(first / "evaluation", output / "evaluation", ignore=lambda _, names: [
+                    name for name in names if name.startswith("student")])  # fmt: skip
+            decodes = [*map(str, EVAL_TEMPERATURES), *TRUNCATED]
+            finish("ssd", output, "report.json", [
+                f"--train_temperature={temperature}", f"--seed={seed}", f"--num_eval_prompts={problems}",
+                "--base_decodes", "0.8/20/0.8", *(d for d in decodes if d != "0.8/20/0.8"), "--eval_decodes", *decodes,
+            ])  # fmt: skip
+
+    return [functools.partial(chain, seed) for seed in seeds]
+
+
+def finish(program: str, output: Path, proof: str, options: Sequence[str]) -> None:
+    """Run or resume a trainer until `proof` is in its output."""
+    if (output / proof).exists():
+        return
+    config = next(CONFIGS.glob(f"{program}_*.yaml"))
+    command = [sys.executable, "-m", f"trainers.{program}", f"--config={config}", f"--output_dir={output}",
+               "--resume", *options]  # fmt: skip
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "log.txt").open("w") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        raise RuntimeError(f"{' '.join(command)} ended with {code}: see {output / 'log.txt'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, then write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/repro"), help="where runs and the report go")
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer settings and steps")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    arguments = parser.parse_args(argv)
+    folder = arguments.output / ("quick" if arguments.quick else "full")
+    if arguments.quick:
+        rlsd = rlsd_runs(folder / "rlsd", METHODS[:3], [0], steps=40)
+        ssd = ssd_runs(folder / "ssd", TEMPERATURES[1:4:2], [0], problems=120)
+    else:
+        rlsd = rlsd_runs(folder / "rlsd", METHODS, range(3), steps=100)
+        ssd = ssd_runs(folder / "ssd", TEMPERATURES, range(3), problems=1000)
+    for name in ("arithmetic", "stdlib"):
+        with_testbed(TrainerConfig(testbed=name))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console()) as progress, ThreadPoolExecutor(arguments.jobs) as pool:
+        task = progress.add_task("runs", total=len(rlsd) + len(ssd))
+        for done in [pool.submit(run) for run in (*ssd, *rlsd)]:  # the long ones first
+            done.result()
+            progress.advance(task)
+    Console().print(repro_report.write(folder))
+
+
+if __name__ == "__main__":
+    main()
