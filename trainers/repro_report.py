@@ -216,8 +216,8 @@ def _ssd_plot(rate: dict[Any, dict[str, np.ndarray]], points: Sequence[tuple[flo
 
 def _rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's."""
-    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(values)) for values in (x, y))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _at(rows: Sequence[dict[str, float]], name: str, step: float) -> float:
