@@ -132,7 +132,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     config = with_testbed(
         TrainerConfig(
-            testbed="arithmetic", testbed_dir=arguments.testbed_dir, verifier="exact", max_completion_length=28,
+            testbed="arithmetic", testbed_dir=arguments.testbed_dir, max_completion_length=28,
             seed=arguments.seed, per_device_generation_batch_size=arguments.problems * arguments.group_size,
         )
     )  # fmt: skip

@@ -96,11 +96,11 @@ def test_the_command_line_wins(read, line, argv, value):
 
 
 def test_the_place_of_the_file_on_the_command_line_does_not_matter(tmp_path):
-    (tmp_path / "a.yaml").write_text("max_steps: 7\neval_steps: 3")
+    (tmp_path / "a.yaml").write_text("max_steps: 7\nwarmup_steps: 3")
     argv = ["--max_steps=8", "--testbed=arithmetic"]
     last = parse(RLSDConfig, [*argv, "--config", str(tmp_path / "a.yaml")], "")
     assert last == parse(RLSDConfig, ["--config", str(tmp_path / "a.yaml"), *argv], "")
-    assert (last.max_steps, last.eval_steps) == (8, 3)
+    assert (last.max_steps, last.warmup_steps) == (8, 3)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_distant_name_is_no_suggestion(read, refused):
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_not_blamed_on_the_file(read, refused, argv, named):
-    before, message = refused(read, "eval_steps: 3", *argv)
+    before, message = refused(read, "warmup_steps: 3", *argv)
     assert all(part in message for part in named)
     assert "options.yaml" not in before + message
 
@@ -178,7 +178,7 @@ def test_a_model_and_data_or_a_testbed_must_be_given(config, given):
     [
         *((TrainerConfig, {name: 0}) for name in (
             "max_completion_length", "per_device_train_batch_size", "per_device_generation_batch_size", "max_steps",
-            "eval_steps", "save_steps", "save_total_limit", "verifier_workers",
+            "save_steps", "save_total_limit", "verifier_workers",
         )),
         (TrainerConfig, {"report_to": ["tensorboard", "wandb"]}),
         *((RLSDConfig, {"num_generations": 1, "method": method}) for method in sorted(DEFAULTS) if method != "opsd"),

@@ -9,7 +9,7 @@ from conftest import no_kernel
 
 from trainers import evaluation, processes
 from trainers.data import Example, seed_of
-from trainers.evaluation import correct_counts, paired_difference, pass_at_k, rate
+from trainers.evaluation import correct_counts, mean_and_error, paired_difference, pass_at_k
 from trainers.generation import Sampling
 from trainers.verifiers import Verdict
 
@@ -36,12 +36,12 @@ def test_pass_at_k_needs_k_samples(samples, k):
 @pytest.mark.parametrize("count", [2, 3, 100])
 def test_rate_is_the_mean_and_its_standard_error(count):
     values = np.random.default_rng(count).random(count)
-    assert rate(values.tolist()) == pytest.approx((values.mean(), values.std(ddof=1) / count**0.5), rel=1e-12)
+    assert mean_and_error(values.tolist()) == pytest.approx((values.mean(), values.std(ddof=1) / count**0.5), rel=1e-12)
 
 
 @pytest.mark.parametrize("values", [[0.25], [1.0, 1.0, 1.0]])
 def test_equal_values_have_no_error(values):
-    assert rate(values) == (values[0], 0.0)
+    assert mean_and_error(values) == (values[0], 0.0)
 
 
 def test_a_paired_difference_is_that_of_the_problems():

@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForImageTextToText,
     GenerationConfig,
     LogitsProcessorList,
-    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -34,7 +33,7 @@ WORDS = tokenizer()
 TEXTS = [f"Say {'very ' * (i % 5)}{i}:" for i in range(20)]
 PROMPTS = [Prompt(WORDS(text)["input_ids"], {}) for text in TEXTS]
 SEEDS = [seed_of("test", i) for i in range(len(PROMPTS))]
-SETTINGS = [Sampling(), Sampling(0.0), Sampling(0.7, 10), Sampling(1.5, 0, 0.8), Sampling(2.0, 40, 0.9, 0.05)]
+SETTINGS = [Sampling(), Sampling(0.0), Sampling(0.7, 10), Sampling(1.5, 0, 0.8), Sampling(2.0, 40, 0.9)]
 
 
 def generator(processor=WORDS, **options):
@@ -92,7 +91,6 @@ def truncated(logits, sampling):
     warpers = [TemperatureLogitsWarper(sampling.temperature)]
     warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p else []
-    warpers += [MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
     return LogitsProcessorList(warpers)(None, logits.double()[None])[0].softmax(-1)
 
 
@@ -104,7 +102,7 @@ def sampled(sampler, logits):
     return left.argmax(-1).cpu()
 
 
-STOCHASTIC = [s for s in SETTINGS if s.temperature] + [Sampling(1.0, None, None, 0.2), Sampling(0.3, 5, 0.99)]
+STOCHASTIC = [s for s in SETTINGS if s.temperature] + [Sampling(0.3, 5, 0.99)]
 
 
 @pytest.mark.parametrize("sampling", STOCHASTIC, ids=str)
@@ -312,16 +310,15 @@ def test_vllm_gets_the_policys_weights_as_a_checkpoint_names_them(vllm, tmp_path
 
 
 @pytest.mark.parametrize(("sampling", "asked"), [
-    (Sampling(), (1.0, 0, 1.0, 0.0)), (Sampling(0.0), (0.0, 0, 1.0, 0.0)),
-    (Sampling(1.6, 20, 0.8), (1.6, 20, 0.8, 0.0)),
-    (Sampling(0.7, 0, 1.0, 0.05), (0.7, 0, 1.0, 0.05)),
+    (Sampling(), (1.0, 0, 1.0)), (Sampling(0.0), (0.0, 0, 1.0)),
+    (Sampling(1.6, 20, 0.8), (1.6, 20, 0.8)),
 ], ids=str)  # fmt: skip
 def test_vllm_is_asked_per_prompt_and_answers_in_order(vllm, policy, sampling, asked):
     found = generator(use_vllm=True)(policy, PROMPTS, SEEDS, sampling)
     assert [prompt["prompt_token_ids"] for prompt in Engine.made.prompts] == [prompt.token_ids for prompt in PROMPTS]
     assert [params.seed for params in Engine.made.params] == SEEDS
     for params in Engine.made.params:
-        assert (params.temperature, params.top_k, params.top_p, params.min_p) == asked
+        assert (params.temperature, params.top_k, params.top_p) == asked
         assert params.max_tokens == 8
     assert found == [Response([*p.token_ids, s], s % 2 == 0) for p, s in zip(PROMPTS, SEEDS, strict=True)]
 

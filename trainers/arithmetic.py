@@ -37,6 +37,7 @@ MAX_RESPONSE_TOKENS = 28  # the longest right response has 24, EOS included
 ORDERS = tuple(itertools.permutations(range(3)))
 TARGET_PASS_RATE = 0.35  # steeply rising when it is reached; groups of mixed outcome exist only part of the way up
 HINT_STEPS = 60
+OPTIONS = {"privileged_template": "H{privileged}|{prompt}"}
 
 
 class Problem(NamedTuple):
@@ -165,5 +166,5 @@ def make(directory: Path, seed: int = 0, max_steps: int = 2000) -> None:
     model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
     for name, part in (("train", problems[:4096]), ("eval", problems[4096:])):
-        rows = ({"prompt": p.prompt, "reference": p.answer, "solutions": p.traces()} for p in part)
+        rows = ({"prompt": p.prompt, "reference": p.answer, "solutions": p.traces(), "verifier": "exact"} for p in part)
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

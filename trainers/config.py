@@ -73,7 +73,9 @@ class TrainerConfig:
     max_steps: int = option(100, "steps of the trainer")
     per_device_train_batch_size: int = option(8, "sequences per forward; changes memory and speed, not the result")
     learning_rate: float = option(1e-6, "peak learning rate of AdamW")
-    lr_scheduler_type: str = option("constant_with_warmup", "name of a transformers schedule")
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = option(
+        "constant_with_warmup", "transformers' schedule of the learning rate over trainer steps"
+    )
     warmup_steps: int = option(0, "steps of linear warm-up")
     adam_beta1: float = option(0.9, "AdamW's beta1")
     adam_beta2: float = option(0.95, "AdamW's beta2")
@@ -83,10 +85,8 @@ class TrainerConfig:
         "fused", "losses from hidden states; from logits in memory; or plain PyTorch, to compare with"
     )
 
-    eval_steps: int = option(20, "evaluate every so many steps")
     save_steps: int = option(50, "checkpoint every so many steps, and at the end")
     save_total_limit: int = option(2, "checkpoints that are kept")
-    completions_steps: int = option(20, "print and store sample completions every so many steps; 0 never")
     report_to: list[str] = option([], "tensorboard, trackio; metrics.jsonl is always written")
     run_name: str | None = option(None, "name for trackio; default: the last part of output_dir")
 
@@ -96,7 +96,7 @@ class TrainerConfig:
             raise ValueError("give --model_name_or_path and --train_dataset, or --testbed")
         self.require_positive(
             "max_completion_length", "per_device_train_batch_size", "per_device_generation_batch_size", "max_steps",
-            "eval_steps", "save_steps", "save_total_limit", "verifier_workers", "verifier_timeout", "learning_rate",
+            "save_steps", "save_total_limit", "verifier_workers", "verifier_timeout", "learning_rate",
             "max_grad_norm",
         )  # fmt: skip
         if self.use_vllm and self.lora_r:
@@ -121,7 +121,9 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
 
     A wrong option or value ends the program with a message that names it, and for the file its name.
     """
-    parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
+    parser = HfArgumentParser(
+        config_class, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for action in parser._actions:
         if action.nargs == "+":
             action.nargs = "*"  # a list may be empty

@@ -44,7 +44,9 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
     return random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
 
 
-def load_examples(config: TrainerConfig, name: str, split: str, *, needs: Sequence[str] = ()) -> list[Example]:
+def load_examples(
+    config: TrainerConfig, name: str, split: str, *, needs: Sequence[str] = (), verified: bool = True
+) -> list[Example]:
     """All rows of the dataset `name`.
 
     Args:
@@ -52,13 +54,14 @@ def load_examples(config: TrainerConfig, name: str, split: str, *, needs: Sequen
         name: A .jsonl, .json, .csv or .parquet file, or a name that `datasets.load_dataset` knows.
         split: Which split of a named dataset.
         needs: Fields of `Example` that must not be empty, as "reference" or "solutions".
+        verified: Whether responses will be verified; the built-in verifiers need a reference.
 
     Raises:
         ValueError: naming file, line and column of what is wrong.
         FileNotFoundError: naming the file.
 
     """
-    examples = [_example(config, row, source, needs) for row, source in _rows(config, name, split)]
+    examples = [_example(config, row, source, needs, verified) for row, source in _rows(config, name, split)]
     if not examples:
         raise ValueError(f"{name} has no rows")
     for verifier, source in {example.verifier: example.source for example in reversed(examples)}.items():
@@ -122,7 +125,7 @@ def _json_row(line: bytes, source: str) -> dict[str, Any]:
     return row
 
 
-def _example(config: TrainerConfig, row: dict[str, Any], source: str, needs: Sequence[str]) -> Example:
+def _example(config: TrainerConfig, row: dict[str, Any], source: str, needs: Sequence[str], verified: bool) -> Example:
     def column(field: str) -> Any:
         return row.get(getattr(config, f"{field}_column"))
 
@@ -140,7 +143,7 @@ def _example(config: TrainerConfig, row: dict[str, Any], source: str, needs: Seq
         images=tuple(images) if isinstance(images, list | tuple) else (images,),
         source=source,
     )
-    for field in {*needs, *(["reference"] if example.verifier in BUILT_IN else [])}:
+    for field in {*needs, *(["reference"] if verified and example.verifier in BUILT_IN else [])}:
         if getattr(example, field) in (None, "", (), []):
             wanted = getattr(config, f"{field}_column")
             raise ValueError(f"{source}: no {wanted!r} ({field}_column), which this run needs")

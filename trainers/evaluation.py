@@ -44,7 +44,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def rate(values: Sequence[float]) -> Rate:
+def mean_and_error(values: Sequence[float]) -> Rate:
     """Mean and standard error over problems."""
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
@@ -53,4 +53,4 @@ def rate(values: Sequence[float]) -> Rate:
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Rate:
     """Mean and standard error of the difference on the same problems."""
-    return rate([a - b for a, b in zip(ours, theirs, strict=True)])
+    return mean_and_error([a - b for a, b in zip(ours, theirs, strict=True)])

@@ -28,7 +28,6 @@ class Sampling:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    min_p: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Sampling":
@@ -63,7 +62,7 @@ class SeededSampler(LogitsProcessor):
             chosen = scores.argmax(-1, keepdim=True)
         else:
             s = self.sampling
-            log_q = truncated_log_softmax(scores.float(), s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+            log_q = truncated_log_softmax(scores.float(), s.temperature, top_k=s.top_k, top_p=s.top_p)
             mass = log_q.exp().double().cumsum(-1)
             at = input_ids.shape[1] - self.prompt_length
             uniform = self.uniforms[:, at : at + 1].double()
@@ -173,13 +172,11 @@ class _VLLM:
         weights = revert_weight_conversion(unwrapped(policy), full_weights(policy))  # as checkpoints name them
         worker.load_weights(weights.items())
         self.engine.reset_prefix_cache()  # it holds what the last weights made of the same prompts
+        filters = {"top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
+        limits = {"max_tokens": self.max_tokens, "detokenize": False}
         asked = [
-            self.vllm.SamplingParams(
-                temperature=sampling.temperature, top_k=sampling.top_k or 0, top_p=sampling.top_p or 1.0,
-                min_p=sampling.min_p or 0.0, max_tokens=self.max_tokens, seed=seed, detokenize=False,
-            )
-            for seed in seeds
-        ]  # fmt: skip
+            self.vllm.SamplingParams(temperature=sampling.temperature, **filters, **limits, seed=seed) for seed in seeds
+        ]
         ids = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
         outputs = [output.outputs[0] for output in self.engine.generate(ids, asked, use_tqdm=False)]
         return [Response(list(output.token_ids), output.finish_reason == "stop") for output in outputs]

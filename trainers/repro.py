@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from rich.console import Console
@@ -68,11 +68,11 @@ def finish(program: str, output: Path, proof: str, options: Sequence[str]) -> No
     """Run or resume a trainer until `proof` is in its output."""
     if (output / proof).exists():
         return
-    config = next(CONFIGS.glob(f"{program}_*.yaml"))
+    config = CONFIGS / {"rlsd": "rlsd_arithmetic.yaml", "ssd": "ssd_stdlib.yaml"}[program]
     command = [sys.executable, "-m", f"trainers.{program}", f"--config={config}", f"--output_dir={output}",
                "--resume", *options]  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
-    with (output / "log.txt").open("w") as log:
+    with (output / "log.txt").open("a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     if code:
@@ -98,8 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console()) as progress, ThreadPoolExecutor(arguments.jobs) as pool:
         task = progress.add_task("runs", total=len(rlsd) + len(ssd))
-        for done in [pool.submit(run) for run in (*ssd, *rlsd)]:  # the long ones first
-            done.result()
+        submitted = [pool.submit(run) for run in (*ssd, *rlsd)]  # the long ones first
+        for ended in as_completed(submitted):
+            if ended.exception():
+                pool.shutdown(cancel_futures=True)
+            ended.result()
             progress.advance(task)
     Console().print(repro_report.write(folder))
 

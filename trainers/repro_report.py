@@ -216,7 +216,9 @@ def _ssd_plot(rate: dict[Any, dict[str, np.ndarray]], points: Sequence[tuple[flo
 
 def _rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's."""
-    first, second = (np.argsort(np.argsort(values)) for values in (x, y))
+    first, second = (
+        np.array([np.less(values, v).sum() + np.equal(values, v).sum() / 2 for v in values]) for values in (x, y)
+    )
     return float(np.corrcoef(first, second)[0, 1])
 
 

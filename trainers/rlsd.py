@@ -88,9 +88,11 @@ class RLSDConfig(TrainerConfig):
     divergence_top_k: int | None = option(None, "on the student's k most probable tokens and a tail")
     divergence_token_clip: float | None = option(None, "bound of a token's contribution")
     opsd_weight: float = option(1.0, "weight of OPSD's loss in grpo+opsd")
+    eval_steps: int = option(20, "evaluate every so many steps")
+    completions_steps: int = option(20, "print and store sample completions every so many steps; 0 never")
     eval_temperature: float = option(1.0, "of the responses that are evaluated, one per prompt")
     leakage_steps: int = option(20, "measure what can leak every so many steps; 0 never")
-    leakage_prompts: int = option(4, "on so many responses per process")
+    leakage_prompts: int = option(4, "on so many responses, or more where processes share them unevenly")
     leakage_samples: int = option(4, "under so many samples of the privileged information each")
     leakage_tokens: int = option(256, "and on no more than so many tokens of each")
 
@@ -103,7 +105,7 @@ class RLSDConfig(TrainerConfig):
                 setattr(self, name, value)
         self.require_positive(
             "num_prompts", "num_generations", "num_minibatches", "num_iterations", "temperature", "leakage_prompts",
-            "leakage_samples", "leakage_tokens",
+            "leakage_samples", "leakage_tokens", "eval_steps",
         )  # fmt: skip
         if self.num_generations < 2 and self.method != "opsd":
             raise ValueError(
@@ -179,7 +181,7 @@ def sample(
     groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
     for members in groups:
         rewards = torch.tensor([rollout.verdict.reward for rollout in members])
-        spread = rewards.std() + 1e-6 if config.scale_rewards else 1.0
+        spread = rewards.std() + 1e-6 if config.scale_rewards and len(members) > 1 else 1.0
         for rollout, advantage in zip(members, ((rewards - rewards.mean()) / spread).tolist(), strict=True):
             rollout.advantage = advantage
     for i, (seed, rollout) in enumerate(zip(seeds, rollouts, strict=True)):
@@ -201,7 +203,7 @@ def privileges(kind: Privilege, rollout: Rollout, group: Sequence[Rollout]) -> l
     if kind == "feedback":
         return [rollout.verdict.feedback] if rollout.verdict.feedback else []
     best = max(other.verdict.reward for other in group)
-    return [other.text for other in group if other is not rollout and other.verdict.reward == best > 0]
+    return [other.text for other in group if other is not rollout and other.verdict.reward == best and best > 0]
 
 
 def update(
@@ -239,6 +241,8 @@ def update(
         norms.append(optimizer_step(policy, optimizer, config.max_grad_norm))
     total, tokens, *sums = summed([float(total), tokens, *map(float, totals.values())])
     metrics = {name: value / tokens for name, value in zip(totals, sums, strict=True)}
+    if "divergence" in metrics:  # over the tokens that have a teacher
+        metrics["divergence"] /= metrics["taught"] or 1.0
     for name in ("evidence_clipped", "ratio_clipped"):
         if f"{name}_below" in metrics:
             metrics[name] = metrics[f"{name}_below"] + metrics[f"{name}_above"]
@@ -294,7 +298,7 @@ def loss_of(
             token_clip=config.divergence_token_clip, token_weight=taught.float(), normalizer=normalizers[1], **shared,
         )  # fmt: skip
         loss = loss + (config.opsd_weight if config.method == "grpo+opsd" else 1.0) * output.loss
-        metrics["divergence"] = output.divergence.detach().mean()
+        metrics |= {"taught": taught.float().mean(), "divergence": (taught * output.divergence.detach()).mean()}
     if "entropy" not in metrics:
         with torch.no_grad():
             scored = call(config.head, "token_log_prob", student, None, token_ids, config.temperature)
@@ -331,7 +335,7 @@ def leakage(
     Several r for a prompt are its worked solutions, else the group's other right responses.
     """
     tokens, total, information = 0, 0.0, 0.0
-    for group in groups[: config.leakage_prompts]:
+    for group in groups[: -(-config.leakage_prompts // world_size())]:
         rollout = group[0]
         kind = "solution" if len(rollout.example.solutions) > 1 else "rollout"
         texts = sorted(set(privileges(kind, rollout, group)))

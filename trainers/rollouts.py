@@ -63,13 +63,24 @@ class Environment:
         self.verify.__exit__(*exception)
 
     def rollouts(
-        self, policy: nn.Module, examples: Sequence[Example], seeds: Sequence[int], sampling: Sampling
+        self,
+        policy: nn.Module,
+        examples: Sequence[Example],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        *,
+        verified: bool = True,
     ) -> list[Rollout]:
-        """One response per example and seed. Collective, with as many examples on every process."""
+        """One response per example and seed; reward 0 for all without verification.
+
+        Collective, with as many examples on every process.
+        """
         prompts = [self.encoder(example) for example in examples]
         responses = self.generator(policy, prompts, seeds, sampling)
         texts = self.encoder.decode([response.token_ids for response in responses])
-        verdicts = self.verify([e.verifier for e in examples], texts, [e.reference for e in examples])
+        verdicts = [Verdict(0.0)] * len(texts)
+        if verified:
+            verdicts = self.verify([e.verifier for e in examples], texts, [e.reference for e in examples])
         if self.finished_only:
             cut = Verdict(0.0, "the response is too long")
             verdicts = [v if r.finished else cut for v, r in zip(verdicts, responses, strict=True)]

@@ -27,7 +27,7 @@ from sdkernels import Support, load_support, save_support
 from trainers import checkpoint
 from trainers.config import TrainerConfig, option, parse
 from trainers.data import Example, batch_of, load_examples, load_held_out, seed_of
-from trainers.evaluation import correct_counts, paired_difference, pass_at_k, rate
+from trainers.evaluation import correct_counts, mean_and_error, paired_difference, pass_at_k
 from trainers.generation import Sampling
 from trainers.losses import call
 from trainers.policy import (
@@ -91,7 +91,8 @@ class Sample(NamedTuple):
 def train(config: SSDConfig) -> None:
     """All three parts."""
     directory = open_output(config)
-    examples = load_examples(config, config.train_dataset, config.train_split)[: config.num_train_prompts]
+    examples = load_examples(config, config.train_dataset, config.train_split, verified=False)
+    examples = examples[: config.num_train_prompts]
     held_out = load_held_out(config)
     newest = checkpoint.last(directory) if config.resume else None
     start = checkpoint.step_of(newest) if newest else 0
@@ -111,7 +112,7 @@ def train(config: SSDConfig) -> None:
         examples = encoder.short_enough(examples, config.max_prompt_length, tracker.say)
         if not newest:
             record(policy, environment, config, examples, tracker)
-            evaluate(policy, environment, config, held_out, "base", config.base_decodes, tracker)
+            evaluate(policy, environment, config, held_out, "base", config.base_decodes, 0, tracker)
         samples, support = recorded(directory, encoder, examples, tracker)
         for step in range(start + 1, config.max_steps + 1):
             began = time.perf_counter()
@@ -124,7 +125,7 @@ def train(config: SSDConfig) -> None:
             tracker.log(step, metrics)
             if step % config.save_steps == 0 or step == config.max_steps:
                 checkpoint.save(directory, step, policy, optimizer, None, processor, config.save_total_limit)
-        evaluate(policy, environment, config, held_out, "student", config.eval_decodes, tracker)
+        evaluate(policy, environment, config, held_out, "student", config.eval_decodes, config.max_steps, tracker)
         if rank() == 0:
             plot(directory, PLOTTED, f"SSD ({config.objective}) on {config.testbed or config.train_dataset}")
             if held_out:
@@ -143,7 +144,7 @@ def record(
     for start in tracker.track(missing, "sampling the base"):
         local, weights = padded_share(examples[start : start + config.chunk_size])
         seeds = [seed_of(config.seed, "sample", example.source) for example in local]
-        rollouts = environment.rollouts(policy, local, seeds, sampling)
+        rollouts = environment.rollouts(policy, local, seeds, sampling, verified=False)
         rows = []
         for part in by_length(list(zip(rollouts, weights, strict=True)), config.per_device_train_batch_size, _length):
             prompts, responses = [r.prompt for r, _ in part], [r.response.token_ids for r, _ in part]
@@ -196,7 +197,7 @@ def recorded(
             tokens = slice(at, at := at + len(row["token_ids"]))
             samples.append(Sample(encoder(by_source[row["source"]]), row["token_ids"], tokens))
     if not samples:
-        raise ValueError("every sample was empty or a stub; there is nothing to train on")
+        raise ValueError("every sample was empty or a stub (stub_length); there is nothing to train on")
     columns = zip(*(support[:3] for support in supports), strict=True)
     support = Support(*map(torch.cat, columns), supports[0].temperature)
     cut = float((support.size > support.token_ids.shape[-1]).float().mean())
@@ -255,6 +256,7 @@ def evaluate(
     examples: Sequence[Example],
     who: str,
     decodes: Sequence[str],
+    step: int,
     tracker: Tracker,
 ) -> None:
     """Count right responses under every decode, into evaluation/<who>-<number>.json.
@@ -265,13 +267,15 @@ def evaluate(
     folder.mkdir(exist_ok=True)
     asked = [(who, decode, config.seed) for decode in decodes]
     if who == "base":
-        asked.append(("difficulty", decodes[0], config.seed + 1))
+        asked.append(("difficulty", decodes[0], seed_of(config.seed, "difficulty")))
     for number, (name, decode, seed) in enumerate(tracker.track(asked if examples else [], f"decoding, {who}")):
         path = folder / f"{name}-{number}.json"
-        if not path.exists():
+        entry = {"model": name, "decode": decode, "samples": config.eval_samples, "step": step}
+        if not path.exists() or not entry.items() <= json.loads(path.read_text()).items():
             counts = correct_counts(environment, policy, examples, Sampling.parse(decode), config.eval_samples, seed)
+            barrier()  # all have looked for the file
             if rank() == 0:
-                write_json(path, {"model": name, "decode": decode, "samples": config.eval_samples, "correct": counts})
+                write_json(path, entry | {"correct": counts})
     barrier()
 
 
@@ -286,7 +290,7 @@ def report(directory: Path, tracker: Tracker) -> None:
         for k in (1, 5)
     }
     decodes = [decode for model, decode, k in rates if (model, k) == ("base", 1)]
-    best = max(decodes, key=lambda decode: rate(rates["base", decode, 1]).mean)
+    best = max(decodes, key=lambda decode: mean_and_error(rates["base", decode, 1]).mean)
     rows = []
     for model, decode, k in rates:
         if k == 1 and model != "difficulty":
@@ -294,7 +298,7 @@ def report(directory: Path, tracker: Tracker) -> None:
             for name, found in (("pass@1", rates[model, decode, 1]), ("pass@5", rates[model, decode, 5])):
                 against = {"best": rates["base", best, int(name[-1])]}
                 against |= {"same": rates["base", decode, int(name[-1])]} if decode in decodes else {}
-                row |= {name: rate(found), f"hard {name}": rate([found[i] for i in hard])}
+                row |= {name: mean_and_error(found), f"hard {name}": mean_and_error([found[i] for i in hard])}
                 row |= {f"{name} - {which} base": paired_difference(found, base) for which, base in against.items()}
             rows.append(row)
     write_json(directory / "report.json", {"best base decode": best, "rows": rows})

@@ -50,6 +50,7 @@ PARTS = {"eval": 32, "prompts": 72, "pretrain": 256}  # where each part's hash v
 EXCLUDED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "ensurepip", "turtledemo", "tkinter", "encodings"}
 VOCABULARY, BATCH_TOKENS, EPOCHS, RENAMED_SHARE = 2048, 1024, 10, 0.67
 LEARNING_RATE, WARMUP_STEPS = 0.02, 40
+OPTIONS: dict[str, str] = {}
 
 
 class Problem(NamedTuple):
@@ -247,5 +248,5 @@ def make(directory: Path, seed: int = 0) -> None:
     prompts = [problem.prompt for text in parts["prompts"] for problem in cuts(text)]
     problems = held_out(parts["eval"], tokenizer, rng)
     for name, texts in (("train", rng.sample(prompts, len(prompts))), ("eval", [p.prompt for p in problems])):
-        lines = (json.dumps({"prompt": text, "reference": text}) + "\n" for text in texts)
-        (directory / f"{name}.jsonl").write_text("".join(lines))
+        rows = ({"prompt": text, "reference": text, "verifier": "trainers.code_verifier:verify"} for text in texts)
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -22,15 +22,16 @@ MODULES = {"arithmetic": "trainers.arithmetic", "stdlib": "trainers.stdlib_code"
 
 
 def with_testbed(config: Config) -> Config:
-    """The config with the testbed's model and data where it names none; the testbed is made unless it was before."""
+    """The config with the testbed's model, data and options where it has none; the testbed is made if need be."""
     if config.testbed is None:
         return config
     directory = Path(config.testbed_dir) / config.testbed
+    testbed = importlib.import_module(MODULES[config.testbed])
     if rank() == 0 and not directory.exists():
         partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        importlib.import_module(MODULES[config.testbed]).make(partial)
+        testbed.make(partial)
         partial.rename(directory)
     barrier()
     return replace(
@@ -38,6 +39,7 @@ def with_testbed(config: Config) -> Config:
         model_name_or_path=config.model_name_or_path or str(directory / "model"),
         train_dataset=config.train_dataset or str(directory / "train.jsonl"),
         eval_dataset=config.eval_dataset or str(directory / "eval.jsonl"),
+        **{name: value for name, value in testbed.OPTIONS.items() if getattr(config, name, value) is None},
     )
 
 

@@ -1,5 +1,6 @@
 """What a run tells: progress, metrics.jsonl, TensorBoard, trackio, tables of completions, and a plot."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from trainers.config import TrainerConfig
-from trainers.processes import rank
+from trainers.processes import barrier, rank
 
 Item = TypeVar("Item")
 
@@ -63,7 +64,7 @@ class Tracker:
             return
         folder = self.directory / "completions"
         folder.mkdir(exist_ok=True)
-        (folder / f"step-{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(folder / f"step-{step:06d}.jsonl", rows)
         names = ("prompt", "response", "reference", "reward")
         table = Table(*names, title=f"completions of step {step}", show_lines=True)
         for row in rows[:printed]:
@@ -91,9 +92,8 @@ class Tracker:
 
     def _truncate(self, start: int) -> None:
         """Keep what was logged up to step `start`; a line that a kill cut short goes too."""
-        path = self.directory / "metrics.jsonl"
         kept = [row for row in read_metrics(self.directory) if row["step"] <= start] if start else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_lines(self.directory / "metrics.jsonl", kept)
         for old in (self.directory / "completions").glob("step-*.jsonl"):
             if int(old.stem.rsplit("-", 1)[1]) > start:
                 old.unlink()
@@ -130,15 +130,38 @@ def write_lines(path: Path, values: Sequence[Any]) -> None:
     partial.replace(path)
 
 
+# How and how long a run goes on, not what it computes: options that may be others when it is resumed.
+FREE = {
+    "output_dir", "resume", "testbed_dir", "max_steps", "save_steps", "save_total_limit", "eval_steps", "leakage_steps",
+    "completions_steps", "report_to", "run_name", "fsdp", "head", "gradient_checkpointing", "verifier_workers",
+    "verifier_timeout", "per_device_generation_batch_size", "per_device_train_batch_size",
+}  # fmt: skip
+
+
 def open_output(config: TrainerConfig) -> Path:
-    """The output directory, made if need be; refuses one that holds another run."""
+    """The output directory, made if need be, with config.json in it.
+
+    Raises FileExistsError if it holds a run that is not to be resumed, ValueError if it is resumed with other options.
+    """
     directory = Path(config.output_dir)
-    if config.resume:
+    stored = directory / "config.json"
+    options = dataclasses.asdict(config)
+    results = [*directory.glob("checkpoint-*"), *directory.glob("samples/*.jsonl")]
+    if results and not config.resume:
+        raise FileExistsError(f"{directory} holds a run; give --resume to go on with it, or another --output_dir")
+    if stored.exists() and config.resume:
+        before = json.loads(stored.read_text())
+        changed = [name for name, value in options.items() if name not in FREE and before.get(name) != value]
+        if changed:
+            raise ValueError(
+                f"{directory} holds a run with another {', '.join(changed)}; it cannot be resumed with these"
+            )
+    if rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
         for partial in directory.glob(".checkpoint-*.partial"):
             shutil.rmtree(partial)
-    elif (directory / "metrics.jsonl").exists():
-        raise FileExistsError(f"{directory} holds a run; give --resume to go on with it, or another --output_dir")
-    directory.mkdir(parents=True, exist_ok=True)
+        write_json(stored, options)
+    barrier()
     return directory
 
 
