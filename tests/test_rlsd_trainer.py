@@ -1,5 +1,6 @@
 """trainers.rlsd with tiny random models: every method, every way to start and to go on, the same numbers."""
 
+import json
 import random
 import signal
 import time
@@ -193,6 +194,26 @@ def test_a_run_that_is_resumed_equals_one_that_was_not(folder, tmp_path):
     for name in ("model", "optimizer", "teacher"):
         path = f"checkpoint-4/{name}.safetensors"
         assert (tmp_path / "parts" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
+
+
+def test_evaluations_and_completions_are_kept(folder, tmp_path):
+    options = {"eval_dataset": folder / "train.jsonl", "num_eval_prompts": 5, "eval_steps": 2, "completions_steps": 2}
+    logged = train(folder, tmp_path / "whole", **options, max_steps=4)
+    assert [row["step"] for row in logged if "eval/reward" in row] == [0, 2, 4]
+    assert all((5 * row["eval/reward"]).is_integer() for row in logged if "eval/reward" in row)
+    stored = tmp_path / "whole" / "completions"
+    for step in (2, 4):
+        kept = [json.loads(line) for line in (stored / f"step-{step:06d}.jsonl").read_text().splitlines()]
+        assert len(kept) == 16
+        assert sum(row["reward"] for row in kept) / 16 == pytest.approx(logged[step]["reward"])
+    assert train(folder, tmp_path / "parts", **options, max_steps=3)[:3] == logged[:3]
+    assert train(folder, tmp_path / "parts", **options, max_steps=4, resume=True)[-1] == logged[-1]
+
+
+def test_a_run_is_resumed_with_the_options_it_began_with(folder, tmp_path):
+    train(folder, tmp_path / "out", max_steps=1)
+    with pytest.raises(ValueError, match="holds a run with another seed, rlsd_clip_range"):
+        train(folder, tmp_path / "out", seed=1, rlsd_clip_range=0.3, resume=True)
 
 
 def test_an_output_directory_is_not_overwritten(folder, tmp_path):
