@@ -38,7 +38,8 @@ def rlsd_runs(folder: Path, methods: Sequence[str], seeds: Sequence[int], steps:
     return [
         functools.partial(
             finish, "rlsd", folder / f"{method}-{seed}", f"checkpoint-{steps}",
-            [f"--method={method}", f"--seed={seed}", f"--max_steps={steps}", "--eval_steps=10", "--leakage_steps=10"],
+            [f"--method={method}", f"--seed={seed}", f"--max_steps={steps}", "--eval_steps=10",
+             "--leakage_steps=10", "--leakage_prompts=16"],
         )
         for seed in seeds
         for method in methods

@@ -24,7 +24,7 @@ RLSD_CLAIMS = """\
 |---|---|
 | RLSD after 200 steps is above GRPO after 400 | steps to GRPO's final level: see the table |
 | OPSD peaks within 10 to 20 steps, then declines | see OPSD's rewards at steps 10 and 20, and at the end |
-| the share of clipped evidence weights is 3 to 6% | see "clipped" |
+| the share of clipped evidence weights is 3 to 6% | see "clipped", of all tokens, those without advantage too |
 | GRPO's entropy collapses, RLSD's stays higher | see "entropy" |
 | OPSD's loss has a floor that no student trains away (Theorem 1) | "floor": mutual information with r, nats per token |
 
@@ -101,12 +101,12 @@ def _rlsd_plot(series: Series, path: Path) -> None:
     )
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
     for axis, name in zip(axes.flat, panels, strict=True):
-        for method, runs in series.items():
+        for number, (method, runs) in enumerate(series.items()):
             steps = [row["step"] for row in runs[0] if name in row]
             if steps:
                 values = _smooth(np.array([[row[name] for row in rows if name in row] for rows in runs]))
-                (line,) = axis.plot(steps, values.mean(0), label=method)
-                axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
+                axis.plot(steps, values.mean(0), color=f"C{number}", label=method)
+                axis.fill_between(steps, values.min(0), values.max(0), color=f"C{number}", alpha=0.15)
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
