@@ -12,6 +12,7 @@ from PIL import Image
 from programs import close, ended, free_port, metrics_of, same_weights, started
 from safetensors.torch import load_file
 from tiny import VERIFIER, rows, save_model, vision_processor, write_rows
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from trainers import policy as policies
 from trainers import rlsd
@@ -170,10 +171,23 @@ def test_adapters_train_alone_and_resume(folder, tmp_path):
     assert all("lora" in name for name in load_file(tmp_path / "whole" / "checkpoint-3" / "teacher.safetensors"))
 
 
-def test_gradient_checkpointing_does_not_change_the_result(folder, tmp_path):
+def test_gradient_checkpointing_recomputes_and_does_not_change_the_result(folder, tmp_path, monkeypatch):
     options = {"num_minibatches": 2, "save_steps": 3}
+    calls = []
+    forward = Qwen3Attention.forward
+    monkeypatch.setattr(Qwen3Attention, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
     plain = train(folder, tmp_path / "a", **options)
+    once = len(calls)
     close(train(folder, tmp_path / "b", **options, gradient_checkpointing=True), plain, rtol=1e-5)
+    assert len(calls) - once > once
+
+
+def test_equal_rewards_are_no_advantage(folder, tmp_path):
+    """Not even by rounding, which a division by the spread would blow up."""
+    (tmp_path / "same.py").write_text("def reward(response, reference):\n    return 0.3\n")
+    logged = train(folder, tmp_path / "out", verifier=f"{tmp_path}/same.py:reward", method="grpo", max_steps=1)
+    assert logged[0]["reward"] == pytest.approx(0.3)
+    assert logged[0]["gradient_norm"] < 1e-8
 
 
 def test_autocast_stays_near_float32(folder, tmp_path):

@@ -80,7 +80,8 @@ def restore(checkpoint: Path, policy: nn.Module, optimizer: Optimizer, teacher: 
     for name, value in load_file(checkpoint / "optimizer.safetensors").items() if rank() == 0 else ():
         parameter, key = name.rsplit("/", 1)
         state.setdefault(parameter, {})[key] = value
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    # Not strict: what got no gradient yet, a vision tower in a run on text, has no state.
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), strict=False)
     set_optimizer_state_dict(policy, optimizer, {"state": state, "param_groups": groups}, options=options)
     copies = load_file(checkpoint / "teacher.safetensors") if (checkpoint / "teacher.safetensors").exists() else {}
     for name, parameter, _ in teacher.pairs() if teacher else ():

@@ -86,7 +86,7 @@ def load_model(config: TrainerConfig, checkpoint: Path | None = None) -> tuple[n
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    return model.to(device()), processor
+    return model.to(device()).train(), processor  # in eval mode, as it is loaded, it would not checkpoint activations
 
 
 def _with_lora(model: nn.Module, config: TrainerConfig, checkpoint: Path | None) -> nn.Module:
@@ -145,7 +145,11 @@ def wrapped(model: nn.Module, config: TrainerConfig, *, trained: bool = True) ->
     if config.fsdp:
         return _sharded(policy, config)
     if trained and dist.is_initialized():
-        return DistributedDataParallel(policy, device_ids=[device().index] if device().type == "cuda" else None)
+        return DistributedDataParallel(
+            policy,
+            device_ids=[device().index] if device().type == "cuda" else None,
+            find_unused_parameters=hasattr(unwrapped(policy).config, "vision_config"),  # a batch may hold text alone
+        )
     return policy
 
 

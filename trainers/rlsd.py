@@ -180,7 +180,7 @@ def sample(
     rollouts = environment.rollouts(policy, [examples[place] for place in places], seeds, sampling)
     groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
     for members in groups:
-        rewards = torch.tensor([rollout.verdict.reward for rollout in members])
+        rewards = torch.tensor([rollout.verdict.reward for rollout in members], dtype=torch.float64)
         spread = rewards.std() + 1e-6 if config.scale_rewards and len(members) > 1 else 1.0
         for rollout, advantage in zip(members, ((rewards - rewards.mean()) / spread).tolist(), strict=True):
             rollout.advantage = advantage

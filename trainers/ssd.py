@@ -152,7 +152,8 @@ def record(
                 q = policy(support_of, config, environment.encoder.batch(prompts, responses)).to("cpu")
             pieces = zip(*(values.split([len(response) for response in responses]) for values in q[:3]), strict=True)
             rows += [(r.recorded(), piece) for (r, weight), piece in zip(part, pieces, strict=True) if weight]
-        rows = gathered(rows)
+        order = {example.source: place for place, example in enumerate(examples)}
+        rows = sorted(gathered(rows), key=lambda row: order[row[0]["source"]])  # whatever the number of processes
         kept = [(row, piece) for row, piece in rows if not is_stub(row["response"], config.stub_length)]
         if rank() == 0:
             if kept:
