@@ -271,6 +271,16 @@ def test_metrics_are_the_shares_and_means_of_kept_tokens(device):
         assert expected[name] > 0, name
 
 
+def test_metrics_of_grpo_are_those_without_a_teacher(device):
+    student, teacher, token_ids, advantages, old = problem(4, 8, device=device)
+    mask = torch.rand(4, 8, device=device) < 0.7
+    clips = {"epsilon_low": 0.15, "epsilon_high": 0.25}
+    grpo = rlsd_metrics(grpo_loss(student, token_ids, advantages, old, mask=mask), mask, **clips)
+    rlsd = rlsd_metrics(rlsd_loss(student, teacher, token_ids, advantages, old, mask=mask), mask, **clips)
+    assert grpo.keys() == {"ratio_clipped_below", "ratio_clipped_above", "entropy", "approx_kl"}
+    assert all(torch.equal(value, rlsd[name]) for name, value in grpo.items())
+
+
 def test_metrics_of_nothing_are_zero(device):
     student, teacher, token_ids, advantages, old = problem(2, 3, device=device)
     mask = torch.zeros(2, 3, device=device)
