@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sdkernels import _check, vocab_parallel
@@ -206,22 +206,23 @@ def save_support(path: str | os.PathLike[str], support: Support) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load_support(path: str | os.PathLike[str]) -> Support:
+def load_support(path: str | os.PathLike[str], rows: slice | None = None) -> Support:
     """Read a `Support` that `save_support` wrote, onto the CPU.
+
+    Args:
+        path: The file.
+        rows: Which entries of the first dimension; the others are not read. Default: all.
 
     Raises:
         ValueError: the file holds something else.
     """
+    rows = slice(None) if rows is None else rows
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(Support._fields):
+                raise ValueError(f"{os.fspath(path)} holds {sorted(file.keys())}, not the fields of a Support")
+            token_ids, log_probs, size = (file.get_slice(name)[rows] for name in Support._fields[:3])
+            temperature = file.get_tensor("temperature")
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)} is not a safetensors file: {error}") from error
-    if set(tensors) != set(Support._fields):
-        raise ValueError(f"{os.fspath(path)} holds {sorted(tensors)}, not the fields of a Support")
-    temperature = tensors["temperature"]
-    return Support(
-        tensors["token_ids"].long(),
-        tensors["log_probs"],
-        tensors["size"],
-        temperature.item() if temperature.dim() == 0 else temperature,
-    )
+    return Support(token_ids.long(), log_probs, size, temperature[rows] if temperature.dim() else temperature.item())

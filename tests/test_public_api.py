@@ -31,7 +31,7 @@ SIGNATURES = {
     "vocab_start=None)",
     "truncated_support": "(logits, temperature=1.0, *, top_k=None, top_p=None, min_p=None, max_size, mask=None)",
     "save_support": "(path, support)",
-    "load_support": "(path)",
+    "load_support": "(path, rows=None)",
     "ssd_decomposition": "(student_logits, base, temperature, *, top_k=None, top_p=None, min_p=None, mask=None, "
     "group=None, vocab_start=None)",
     "ssd_loss": "(student_logits, base, temperature, *, top_k=None, top_p=None, min_p=None, weights=(1.0, 1.0, 1.0), "

@@ -17,10 +17,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from trainers import policy as policies
 from trainers import rlsd
 from trainers.data import load_examples
-from trainers.policy import Teacher, copy_of, load_model, optimizer_for, wrapped
+from trainers.policy import load_model, optimizer_for, wrapped
 from trainers.prompts import Encoder
 from trainers.rlsd import DEFAULTS
 from trainers.rollouts import Environment
+from trainers.teacher import Teacher, copy_of
 
 pytestmark = [no_kernel, pytest.mark.usefixtures("one_thread")]
 METHODS = sorted(DEFAULTS)
@@ -224,16 +225,34 @@ def test_evaluations_and_completions_are_kept(folder, tmp_path):
     assert train(folder, tmp_path / "parts", **options, max_steps=4, resume=True)[-1] == logged[-1]
 
 
-def test_a_run_is_resumed_with_the_options_it_began_with(folder, tmp_path):
-    train(folder, tmp_path / "out", max_steps=1)
-    with pytest.raises(ValueError, match="holds a run with another seed, rlsd_clip_range"):
-        train(folder, tmp_path / "out", seed=1, rlsd_clip_range=0.3, resume=True)
+def refusal(capsys, *arguments, **options):
+    """The one line with which the program ends."""
+    with pytest.raises(SystemExit) as exit:
+        train(*arguments, **options)
+    assert exit.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    return line
 
 
-def test_an_output_directory_is_not_overwritten(folder, tmp_path):
+def test_a_run_is_resumed_with_the_options_it_began_with(folder, tmp_path, capsys):
     train(folder, tmp_path / "out", max_steps=1)
-    with pytest.raises(FileExistsError, match="holds a run; give --resume"):
-        train(folder, tmp_path / "out", max_steps=1)
+    said = refusal(capsys, folder, tmp_path / "out", seed=1, rlsd_clip_range=0.3, resume=True)
+    assert "holds a run with another seed, rlsd_clip_range" in said
+
+
+def test_an_output_directory_is_not_overwritten(folder, tmp_path, capsys):
+    train(folder, tmp_path / "out", max_steps=1)
+    assert "holds a run; give --resume" in refusal(capsys, folder, tmp_path / "out", max_steps=1)
+
+
+def test_bad_data_and_models_end_the_program_with_a_line(folder, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "reference": "1"}\n{"prompt": "y", "reference": }\n')
+    said = refusal(capsys, folder, tmp_path / "a", train_dataset=tmp_path / "bad.jsonl")
+    assert f"{tmp_path}/bad.jsonl:2: not JSON" in said
+    assert "no solutions" not in said
+    said = refusal(capsys, folder, tmp_path / "b", model_name_or_path=tmp_path / "no_model")
+    assert "model_name_or_path" in said
+    assert "no_model" in said
 
 
 def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(folder, tmp_path):

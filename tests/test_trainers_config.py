@@ -4,6 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import no_kernel
 
 from trainers.config import TrainerConfig, parse
@@ -182,7 +183,12 @@ def test_a_model_and_data_or_a_testbed_must_be_given(config, given):
         )),
         (TrainerConfig, {"report_to": ["tensorboard", "wandb"]}),
         *((RLSDConfig, {"num_generations": 1, "method": method}) for method in sorted(DEFAULTS) if method != "opsd"),
-        (RLSDConfig, {"temperature": 0.0}),
+        *((RLSDConfig, wrong) for wrong in (
+            {"temperature": 0.0}, {"rlsd_lambda": 1.5}, {"rlsd_lambda": -0.1}, {"rlsd_lambda": float("nan")},
+            {"epsilon_low": -0.1}, {"teacher_ema_rate": 2.0}, {"teacher_sync_steps": -1}, {"leakage_samples": 1},
+        )),
+        (TrainerConfig, {"adam_beta1": 1.0}),
+        (TrainerConfig, {"warmup_steps": -1}),
         (RLSDConfig, {"max_steps": 0}),
         (SSDConfig, {"train_temperature": 0.0}),
         (SSDConfig, {"eval_samples": 4}),
@@ -212,37 +218,94 @@ def test_accelerates_precision_must_be_the_options(monkeypatch, launched, bf16, 
             TrainerConfig(testbed="arithmetic", bf16=bf16)
 
 
-@pytest.mark.parametrize("method", sorted(DEFAULTS))
-def test_a_methods_defaults_are_those_of_its_paper(method):
+@pytest.mark.parametrize(
+    ("method", "teacher", "sync", "privilege", "divergence"),
+    [
+        ("rlsd", "frozen", 10, "answer", None),
+        ("grpo", "live", None, None, None),
+        ("opsd", "frozen", 0, "solution", "forward_kl"),
+        ("sdpo", "ema", None, "rollout", "jsd"),
+        ("grpo+opsd", "frozen", 0, "solution", "forward_kl"),
+    ],
+)
+def test_a_methods_defaults_are_those_of_its_paper(method, teacher, sync, privilege, divergence):
     config = RLSDConfig(testbed="arithmetic", method=method)
-    names = ("teacher", "teacher_sync_steps", "privilege", "divergence")
-    assert {name: getattr(config, name) for name in names} == {
-        "rlsd": {"teacher": "frozen", "teacher_sync_steps": 10, "privilege": "answer", "divergence": "forward_kl"},
-        "grpo": {"teacher": "live", "teacher_sync_steps": 0, "privilege": "answer", "divergence": "forward_kl"},
-        "opsd": {"teacher": "frozen", "teacher_sync_steps": 0, "privilege": "solution", "divergence": "forward_kl"},
-        "sdpo": {"teacher": "ema", "teacher_sync_steps": 0, "privilege": "rollout", "divergence": "jsd"},
-        "grpo+opsd": {
-            "teacher": "frozen",
-            "teacher_sync_steps": 0,
-            "privilege": "solution",
-            "divergence": "forward_kl",
-        },
-    }[method]
+    found = config.teacher, config.teacher_sync_steps, config.privilege, config.divergence
+    assert found == (teacher, sync, privilege, divergence)
+
+
+@pytest.mark.parametrize(
+    ("options", "unread"),
+    [
+        ({}, []),
+        (
+            {
+                "teacher_sync_steps": 5,
+                "rlsd_lambda": 0.3,
+                "learning_rate": 1.0,
+                "privileged_template": "{prompt}{privileged}",
+            },
+            [],
+        ),
+        (
+            {"method": "grpo", "rlsd_lambda": 0.3, "privilege": "answer", "epsilon_low": 0.1},
+            ["rlsd_lambda", "privilege"],
+        ),
+        ({"method": "grpo", "evidence_from": "old"}, ["evidence_from"]),
+        (
+            {"method": "opsd", "divergence_top_k": 5, "scale_rewards": False, "opsd_weight": 2.0},
+            ["scale_rewards", "opsd_weight"],
+        ),
+        ({"method": "sdpo", "teacher_sync_steps": 5, "teacher_ema_rate": 0.1}, ["teacher_sync_steps"]),
+        ({"method": "grpo+opsd", "opsd_weight": 2.0, "teacher_ema_rate": 0.1}, ["teacher_ema_rate"]),
+        ({"divergence": "jsd"}, ["divergence"]),
+    ],
+)
+def test_options_that_nothing_reads_are_known(options, unread):
+    assert RLSDConfig(testbed="arithmetic", **options).without_effect() == unread
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_prompts_in_equal_blocks(monkeypatch, processes):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    RLSDConfig(testbed="arithmetic", num_prompts=12, num_minibatches=2)
+    with pytest.raises(ValueError, match=rf"num_prompts must be a multiple of the {processes} .* of 2, got 11"):
+        RLSDConfig(testbed="arithmetic", num_prompts=11, num_minibatches=2)
+    if processes > 1:
+        with pytest.raises(ValueError, match="train_batch_size"):
+            SSDConfig(testbed="stdlib", train_batch_size=6 * processes + 1)
+
+
+def test_one_process_has_nothing_to_shard(monkeypatch):
+    with pytest.raises(ValueError, match="fsdp"):
+        TrainerConfig(testbed="arithmetic", fsdp=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    TrainerConfig(testbed="arithmetic", fsdp=True)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_accelerates_sharding_is_refused(monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match="--fsdp"):
+        TrainerConfig(testbed="arithmetic")
 
 
 @pytest.mark.parametrize("method", sorted(DEFAULTS))
 def test_a_given_option_takes_precedence_over_the_methods_default(read, method):
-    given = {"teacher": "live", "teacher_sync_steps": 0, "privilege": "feedback", "divergence": "reverse_kl"}
-    config = read(f"method: {method}\nteacher: ema\nteacher_sync_steps: 0", "--teacher=live", "--privilege=feedback",
+    given = {"teacher": "live", "teacher_sync_steps": 3, "privilege": "feedback", "divergence": "reverse_kl"}
+    config = read(f"method: {method}\nteacher: ema\nteacher_sync_steps: 3", "--teacher=live", "--privilege=feedback",
                   "--divergence=reverse_kl")  # fmt: skip
     assert {name: getattr(config, name) for name in given} == given
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs_are_read(path):
-    config = parse(PROGRAMS[path.name.partition("_")[0]], ["--config", str(path)], "")
-    assert config.testbed is not None or config.train_dataset is not None
+    config = vars(parse(PROGRAMS[path.name.partition("_")[0]], ["--config", str(path)], ""))
+    options = yaml.safe_load(path.read_text())
+    assert {name: str(config[name]) for name in options} == {
+        name: str(float(value)) if type(config[name]) is float else str(value) for name, value in options.items()
+    }
 
 
 def test_configs_are_shipped():
-    assert {path.name.partition("_")[0] for path in CONFIGS.glob("*.yaml")} >= {"rlsd"}
+    assert {path.name.partition("_")[0] for path in CONFIGS.glob("*.yaml")} == set(PROGRAMS)

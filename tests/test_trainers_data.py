@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from conftest import no_kernel
 
-from trainers.config import TrainerConfig
+from trainers.config import InputError, TrainerConfig
 from trainers.data import Example, batch_of, load_examples, seed_of
 
 pytestmark = [no_kernel, pytest.mark.usefixtures("one_thread")]
@@ -177,7 +177,7 @@ def test_a_file_that_cannot_be_read_is_named(load, name, content):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_a_missing_file_is_named(tmp_path, suffix):
-    with pytest.raises(FileNotFoundError, match=f"missing.{suffix}"):
+    with pytest.raises(InputError, match=f"missing.{suffix}"):
         load_examples(config(), str(tmp_path / f"missing.{suffix}"), "train")
 
 

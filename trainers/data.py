@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainers.config import TrainerConfig
+from trainers.config import InputError, TrainerConfig
 from trainers.verifiers import BUILT_IN, load_verifier
 
 Chat = list[dict[str, Any]]  # messages with "role" and "content", the last one of a user
@@ -57,18 +57,17 @@ def load_examples(
         verified: Whether responses will be verified; the built-in verifiers need a reference.
 
     Raises:
-        ValueError: naming file, line and column of what is wrong.
-        FileNotFoundError: naming the file.
+        InputError: naming file, line and column of what is wrong.
 
     """
     examples = [_example(config, row, source, needs, verified) for row, source in _rows(config, name, split)]
     if not examples:
-        raise ValueError(f"{name} has no rows")
+        raise InputError(f"{name} has no rows")
     for verifier, source in {example.verifier: example.source for example in reversed(examples)}.items():
         try:
             load_verifier(verifier)  # an unknown one is an error here, not a reward of 0 later
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise InputError(f"{source}: {error}") from error
     return examples
 
 
@@ -82,6 +81,8 @@ def load_held_out(config: TrainerConfig) -> list[Example]:
 def _rows(config: TrainerConfig, name: str, split: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Rows with where they stand."""
     path = Path(name)
+    if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.is_file():
+        raise InputError(f"there is no file {name}")
     if path.suffix == ".jsonl":
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -95,20 +96,18 @@ def _rows(config: TrainerConfig, name: str, split: str) -> Iterator[tuple[dict[s
                 for row in reader:
                     yield row, f"{name}:{reader.line_num}"
             except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(f"{name}: after line {reader.line_num}: {error}") from error
+                raise InputError(f"{name}: after line {reader.line_num}: {error}") from error
         return
     import datasets
 
-    if path.suffix in (".json", ".parquet"):
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {name}")
-        try:
+    try:
+        if path.suffix in (".json", ".parquet"):
             rows = datasets.load_dataset(path.suffix[1:], data_files=name, split="train")
-        except Exception as error:  # of many kinds, none of which names the file
-            raise ValueError(f"{name} is empty or cannot be read: {error.__cause__ or error}") from error
-    else:
-        rows = datasets.load_dataset(name, config.dataset_config, split=split)
-        name = f"{name}[{split}]"
+        else:
+            rows = datasets.load_dataset(name, config.dataset_config, split=split)
+            name = f"{name}[{split}]"
+    except Exception as error:  # of many kinds, few of which name the file
+        raise InputError(f"{name} is empty or cannot be read: {error.__cause__ or error}") from error
     for number, row in enumerate(rows, 1):
         yield row, f"{name}:{number}"
 
@@ -117,11 +116,11 @@ def _json_row(line: bytes, source: str) -> dict[str, Any]:
     try:
         row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{source}: not JSON: {error.msg} at column {error.colno}") from None
+        raise InputError(f"{source}: not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: not UTF-8: {error.reason} at byte {error.start + 1}") from None
+        raise InputError(f"{source}: not UTF-8: {error.reason} at byte {error.start + 1}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{source}: a line must be one JSON object, got {type(row).__name__}")
+        raise InputError(f"{source}: a line must be one JSON object, got {type(row).__name__}")
     return row
 
 
@@ -130,7 +129,7 @@ def _example(config: TrainerConfig, row: dict[str, Any], source: str, needs: Seq
         return row.get(getattr(config, f"{field}_column"))
 
     if config.prompt_column not in row:
-        raise ValueError(
+        raise InputError(
             f"{source}: no column {config.prompt_column!r} (prompt_column); there are {', '.join(map(repr, row))}"
         )
     solutions = column("solutions") or ()
@@ -146,9 +145,9 @@ def _example(config: TrainerConfig, row: dict[str, Any], source: str, needs: Seq
     for field in {*needs, *(["reference"] if verified and example.verifier in BUILT_IN else [])}:
         if getattr(example, field) in (None, "", (), []):
             wanted = getattr(config, f"{field}_column")
-            raise ValueError(f"{source}: no {wanted!r} ({field}_column), which this run needs")
+            raise InputError(f"{source}: no {wanted!r} ({field}_column), which this run needs")
     if any(not isinstance(solution, str) or not solution.strip() for solution in example.solutions):
-        raise ValueError(f"{source}: {config.solutions_column!r} must be text or a list of texts, none of them empty")
+        raise InputError(f"{source}: {config.solutions_column!r} must be text or a list of texts, none of them empty")
     return example
 
 
@@ -156,16 +155,16 @@ def _prompt(prompt: Any, where: str) -> str | Chat:
     """The prompt, if it is a text or a chat that ends with a user's turn."""
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise ValueError(f"{where} is empty")
+            raise InputError(f"{where} is empty")
         return prompt
     if not isinstance(prompt, list) or not prompt:
-        raise ValueError(f"{where} must be text or a list of messages, got {type(prompt).__name__}")
+        raise InputError(f"{where} must be text or a list of messages, got {type(prompt).__name__}")
     for turn in prompt:
         if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
-            raise ValueError(f"{where}: each message needs 'role' and 'content', got {turn!r}")
+            raise InputError(f"{where}: each message needs 'role' and 'content', got {turn!r}")
     if prompt[-1]["role"] != "user":
-        raise ValueError(f"{where} must end with the user's turn, ends with {prompt[-1]['role']!r}")
+        raise InputError(f"{where} must end with the user's turn, ends with {prompt[-1]['role']!r}")
     content = prompt[-1]["content"]
     if not isinstance(content, str | list) or not content:
-        raise ValueError(f"{where}: the user's turn must be text or a list of parts, and not empty, got {content!r}")
+        raise InputError(f"{where}: the user's turn must be text or a list of parts, and not empty, got {content!r}")
     return prompt

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.core_model_loading import revert_weight_conversion
 
 from sdkernels import truncated_log_softmax
-from trainers.config import TrainerConfig
+from trainers.config import InputError, TrainerConfig
 from trainers.policy import full_weights, inference, unwrapped
 from trainers.processes import device
 from trainers.prompts import Prompt, stack_media
@@ -37,7 +37,7 @@ class Sampling:
             top_k, top_p = filters or ("0", "1")
             return cls(float(temperature), int(top_k), float(top_p))
         except ValueError:
-            raise ValueError(f"a decode is temperature or temperature/top-k/top-p, got {text!r}") from None
+            raise InputError(f"a decode is temperature or temperature/top-k/top-p, got {text!r}") from None
 
 
 class Response(NamedTuple):
@@ -167,7 +167,7 @@ class _VLLM:
     ) -> list[Response]:
         """As `Generator.__call__`."""
         if any(prompt.media for prompt in prompts):
-            raise ValueError("use_vllm samples from text alone; these prompts have images")
+            raise InputError("use_vllm samples from text alone; these prompts have images")
         worker = self.engine.llm_engine.model_executor.driver_worker.model_runner.model
         weights = revert_weight_conversion(unwrapped(policy), full_weights(policy))  # as checkpoints name them
         worker.load_weights(weights.items())

@@ -1,10 +1,9 @@
-"""The model: loading, LoRA, DDP and FSDP2, the hidden states of response tokens, and the teacher."""
+"""The model: loading, LoRA, DDP and FSDP2, the hidden states of response tokens, and optimizer steps."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-from trainers.config import TrainerConfig
+from trainers.config import InputError, TrainerConfig
 from trainers.losses import Side
 from trainers.processes import device
 from trainers.prompts import Batch
@@ -66,7 +65,10 @@ def load_model(config: TrainerConfig, checkpoint: Path | None = None) -> tuple[n
     """
     disable_progress_bar()
     name = config.model_name_or_path
-    model_config = AutoConfig.from_pretrained(name)
+    try:
+        model_config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise InputError(f"model_name_or_path: {error}") from error
     multimodal = hasattr(model_config, "vision_config")
     attention = config.attn_implementation or ("flash_attention_2" if is_flash_attn_2_available() else "sdpa")
     weights = checkpoint if checkpoint and not config.lora_r else name
@@ -122,7 +124,7 @@ def head(model: nn.Module) -> tuple[Tensor, Tensor | None, float | None, float]:
     model = unwrapped(model)
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear and not isinstance(layer, FSDPModule):
-        raise ValueError(f"the LM head is a {type(layer).__name__}; leave it out of lora_target_modules")
+        raise InputError(f"the LM head is a {type(layer).__name__}; leave it out of lora_target_modules")
     text_config = model.config.get_text_config()
     scale = getattr(text_config, "logit_scale", None) or 1 / (getattr(text_config, "logits_scaling", None) or 1.0)
     return layer.weight, layer.bias, getattr(text_config, "final_logit_softcapping", None), scale
@@ -136,7 +138,7 @@ def check_head(model: nn.Module, batch: Batch) -> None:
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.media
     ).logits.flatten(0, 1)[batch.predicts]
     if not torch.allclose(own.float(), logits, rtol=0, atol=0.02 * float(own.abs().max())):
-        raise ValueError(f"{type(unwrapped(model)).__name__} does more to its logits than its head; it cannot be used")
+        raise InputError(f"{type(unwrapped(model)).__name__} does more to its logits than its head; it cannot be used")
 
 
 def wrapped(model: nn.Module, config: TrainerConfig, *, trained: bool = True) -> nn.Module:
@@ -154,8 +156,6 @@ def wrapped(model: nn.Module, config: TrainerConfig, *, trained: bool = True) ->
 
 
 def _sharded(policy: Policy, config: TrainerConfig) -> nn.Module:
-    if not dist.is_initialized():
-        raise ValueError("fsdp shards over processes: start with torchrun or accelerate launch")
     blocks = unwrapped(policy)._no_split_modules or ()
     for module in policy.modules():
         if type(module).__name__ in blocks:
@@ -166,15 +166,20 @@ def _sharded(policy: Policy, config: TrainerConfig) -> nn.Module:
     return policy
 
 
-def optimizer_for(policy: nn.Module, config: TrainerConfig) -> tuple[AdamW, Callable[[int], float]]:
-    """AdamW on what is trained, and the factor on its learning rate at a step, counted from 1."""
+def optimizer_for(policy: nn.Module, config: TrainerConfig) -> tuple[AdamW, Callable[[int], None]]:
+    """AdamW on what is trained, and a function that sets the learning rate of a step, counted from 1."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = AdamW(trained, config.learning_rate, betas, weight_decay=config.weight_decay)
     warmup, total = config.warmup_steps, config.max_steps
     first = 1 if warmup else 0  # of the schedule's steps, so that no step has a rate of 0
     (factor,) = get_scheduler(config.lr_scheduler_type, optimizer, warmup, total + first).lr_lambdas
-    return optimizer, lambda step: factor(step - 1 + first)
+
+    def set_rate(step: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor(step - 1 + first)
+
+    return optimizer, set_rate
 
 
 def optimizer_step(policy: nn.Module, optimizer: AdamW, max_norm: float) -> float:
@@ -216,55 +221,6 @@ def inferred_side(network: nn.Module, batch: Batch) -> Side:
     with inference(network):
         hidden = network(response_side, batch).hidden
     return Side(hidden, *head(network))
-
-
-class Teacher:
-    """The network that reads the privileged prompt: the policy itself, or a copy that follows it.
-
-    "live" is the policy's current weights; "frozen" a copy that takes them every `sync_steps` steps (0: never); "ema" a
-    copy that moves towards them by `rate` after every step. A copy shares memory with the weights that are not trained.
-    """
-
-    def __init__(
-        self,
-        policy: nn.Module,
-        copied: nn.Module | None,  # `wrapped` copy of the model; None for "live"
-        kind: Literal["live", "frozen", "ema"],
-        sync_steps: int = 0,
-        rate: float = 0.05,
-    ) -> None:
-        self.kind, self.sync_steps, self.rate = kind, sync_steps, rate
-        self.student = policy
-        self.network = policy if copied is None else copied
-
-    def side(self, batch: Batch) -> Side:
-        """The teacher's hidden states for the responses; with the head only where it is not the policy's own."""
-        side = inferred_side(self.network, batch)
-        return Side(side.hidden, None) if self.network is self.student else side
-
-    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, the copy's parameter and the policy's, of each parameter that is trained."""
-        if self.network is not self.student:
-            copies = dict(unwrapped(self.network).named_parameters())
-            for name, parameter in unwrapped(self.student).named_parameters():
-                if parameter.requires_grad:
-                    yield name, copies[name], parameter
-
-    @torch.no_grad()
-    def follow(self, step: int) -> None:
-        """Follow the policy after the `step`-th step, counted from 1."""
-        sync = self.kind == "frozen" and self.sync_steps and step % self.sync_steps == 0
-        for _, parameter, current in self.pairs():
-            if sync:
-                parameter.copy_(current)
-            elif self.kind == "ema":
-                parameter.lerp_(current, self.rate)
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A copy that gets no gradients, with its own trained weights and the frozen ones shared."""
-    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    return copy.deepcopy(model, shared).requires_grad_(False)
 
 
 def full_weights(policy: nn.Module, *, everywhere: bool = True) -> dict[str, Tensor]:

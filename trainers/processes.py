@@ -12,14 +12,15 @@ import torch.distributed.nn.functional
 Item = TypeVar("Item")
 
 
+def launched_processes() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextmanager
 def processes() -> Iterator[None]:
     """Join the other processes, if there are any, and leave them at the end."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ValueError("DeepSpeed is not supported; use --fsdp")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ValueError("sharding is this program's option: launch with --multi_gpu and give --fsdp")
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if launched_processes() == 1:
         yield
         return
     if torch.cuda.is_available():

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from trainers.config import TrainerConfig
+from trainers.config import InputError, TrainerConfig
 from trainers.data import Chat, Example
 from trainers.processes import device
 
@@ -58,7 +58,7 @@ def privileged(example: Example, kind: Privilege, text: str, template: str | Non
     else:  # parts: images stay where they are, the last text is filled in
         last = max((i for i, part in enumerate(content) if part.get("type") == "text"), default=None)
         if last is None:
-            raise ValueError(f"{example.source}: the user's turn has no text to put privileged information into")
+            raise InputError(f"{example.source}: the user's turn has no text to put privileged information into")
         parts = [{**part, "text": fill(part["text"])} if i == last else part for i, part in enumerate(content)]
         turn = {**example.prompt[-1], "content": parts}
     return replace(example, prompt=[*example.prompt[:-1], turn])
@@ -78,7 +78,7 @@ class Encoder:
         """Token ids and media of the example's prompt, ready for a response to follow."""
         if isinstance(example.prompt, str) and not self.as_chat and not example.images:
             if self.system_prompt:
-                raise ValueError(f"{example.source}: system_prompt is for chats; make one of the text with --as_chat")
+                raise InputError(f"{example.source}: system_prompt is for chats; make one of the text with --as_chat")
             return Prompt(self.tokenizer(example.prompt)["input_ids"], {})
         encoded = self.processor.apply_chat_template(
             self._chat(example), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -104,7 +104,7 @@ class Encoder:
         if left_out:
             say(f"{len(left_out)} of {len(examples)} prompts have more than {limit} tokens: {', '.join(left_out[:10])}")
         if not kept:
-            raise ValueError(f"no prompt has at most {limit} tokens (max_prompt_length)")
+            raise InputError(f"no prompt has at most {limit} tokens (max_prompt_length)")
         return kept
 
     def _chat(self, example: Example) -> Chat:
@@ -114,7 +114,7 @@ class Encoder:
         if not example.images:
             return chat
         if self.processor is self.tokenizer:
-            raise ValueError(f"{example.source} has images, which this model does not read")
+            raise InputError(f"{example.source} has images, which this model does not read")
         images = [{"type": "image", "image": image} for image in example.images]
         content = chat[-1]["content"]
         text = [{"type": "text", "text": content}] if isinstance(content, str) else content

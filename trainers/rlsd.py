@@ -12,26 +12,23 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sdkernels import lambda_schedule, opsd_decomposition, rlsd_metrics
+from sdkernels import lambda_schedule, rlsd_metrics
 from trainers import checkpoint
-from trainers.config import TrainerConfig, option, parse
+from trainers.config import InputError, TrainerConfig, input_errors, option, parse
 from trainers.data import Example, batch_of, load_examples, load_held_out, seed_of
 from trainers.generation import Sampling
 from trainers.losses import Side, call
 from trainers.policy import (
-    Teacher,
     accumulating,
     check_head,
-    copy_of,
     inference,
-    inferred_side,
     load_model,
     optimizer_for,
     optimizer_step,
@@ -41,6 +38,7 @@ from trainers.policy import (
 from trainers.processes import gathered, processes, rank, share, summed, world_size
 from trainers.prompts import Batch, Encoder, Privilege, by_length, privileged
 from trainers.rollouts import Environment, Rollout, summary
+from trainers.teacher import Teacher, copy_of, leakage, privileges
 from trainers.testbeds import with_testbed
 from trainers.tracking import Tracker, open_output, plot
 
@@ -48,9 +46,9 @@ from trainers.tracking import Tracker, open_output, plot
 DEFAULTS: dict[str, dict[str, Any]] = {
     "rlsd": {"teacher": "frozen", "teacher_sync_steps": 10, "privilege": "answer"},
     "grpo": {"teacher": "live"},
-    "opsd": {"teacher": "frozen", "privilege": "solution", "divergence": "forward_kl"},
+    "opsd": {"teacher": "frozen", "teacher_sync_steps": 0, "privilege": "solution", "divergence": "forward_kl"},
     "sdpo": {"teacher": "ema", "privilege": "rollout", "divergence": "jsd"},
-    "grpo+opsd": {"teacher": "frozen", "privilege": "solution", "divergence": "forward_kl"},
+    "grpo+opsd": {"teacher": "frozen", "teacher_sync_steps": 0, "privilege": "solution", "divergence": "forward_kl"},
 }
 PLOTTED = (
     "reward", "eval/reward", "entropy", "evidence_clipped", "information_gain_abs", "ratio_clipped", "divergence",
@@ -63,66 +61,76 @@ class RLSDConfig(TrainerConfig):
     """Options of `trainers.rlsd`."""
 
     method: Literal["rlsd", "grpo", "opsd", "sdpo", "grpo+opsd"] = option("rlsd", "what is minimised")
-    num_prompts: int = option(16, "prompts per step")
-    num_generations: int = option(8, "responses per prompt: the group")
-    num_minibatches: int = option(1, "optimizer steps per pass over a step's responses")
-    num_iterations: int = option(1, "passes over a step's responses")
-    temperature: float = option(1.0, "of sampling and of the loss")
+    num_prompts: int = option(16, "prompts per step", least=1)
+    num_generations: int = option(8, "responses per prompt: the group", least=1)
+    num_minibatches: int = option(1, "optimizer steps per pass over a step's responses", least=1)
+    num_iterations: int = option(1, "passes over a step's responses", least=1)
+    temperature: float = option(1.0, "of sampling and of the loss", above=0)
     reduction: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = option("token-mean", "of the loss")
-    epsilon_low: float = option(0.2, "the importance ratio is clipped at 1 - epsilon_low")
-    epsilon_high: float = option(0.28, "and at 1 + epsilon_high")
+    epsilon_low: float = option(0.2, "the importance ratio is clipped at 1 - epsilon_low", least=0, most=1)
+    epsilon_high: float = option(0.28, "and at 1 + epsilon_high", least=0)
     scale_rewards: bool = option(True, "divide a group's centred rewards by their standard deviation")
-    rlsd_lambda: float = option(0.5, "weight of the evidence in a token's advantage")
-    rlsd_lambda_warmup_steps: int = option(0, "steps over which it rises from 0")
-    rlsd_lambda_decay_steps: int = option(50, "steps over which it then falls to 0; 0: it stays")
-    rlsd_clip_range: float = option(0.2, "evidence weights are clipped to 1 +- this")
+    rlsd_lambda: float = option(0.5, "weight of the evidence in a token's advantage", least=0, most=1)
+    rlsd_lambda_warmup_steps: int = option(0, "steps over which it rises from 0", least=0)
+    rlsd_lambda_decay_steps: int = option(50, "steps over which it then falls to 0; 0: it stays", least=0)
+    rlsd_clip_range: float = option(0.2, "evidence weights are clipped to 1 +- this", least=0, most=1)
     evidence_from: Literal["current", "old"] = option("current", "the student's log-probs in the evidence ratio")
     teacher: Literal["live", "frozen", "ema"] | None = option(
         None, "the policy, a copy, or a moving average; by method"
     )
-    teacher_sync_steps: int | None = option(None, "a frozen teacher takes the policy's weights every so often; 0 never")
-    teacher_ema_rate: float = option(0.05, "share of the policy in a step of the moving average")
+    teacher_sync_steps: int | None = option(
+        None, "a frozen teacher takes the policy's weights every so often; 0 never", least=0
+    )
+    teacher_ema_rate: float = option(0.05, "share of the policy in a step of the moving average", least=0, most=1)
     privilege: Privilege | None = option(None, "what the teacher reads besides the prompt; by method")
     privileged_template: str | None = option(None, "how it reads it, with {prompt} and {privileged}")
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] | None = option(None, "of OPSD and SDPO; by method")
-    divergence_top_k: int | None = option(None, "on the student's k most probable tokens and a tail")
-    divergence_token_clip: float | None = option(None, "bound of a token's contribution")
-    opsd_weight: float = option(1.0, "weight of OPSD's loss in grpo+opsd")
-    eval_steps: int = option(20, "evaluate every so many steps")
-    completions_steps: int = option(20, "print and store sample completions every so many steps; 0 never")
-    eval_temperature: float = option(1.0, "of the responses that are evaluated, one per prompt")
-    leakage_steps: int = option(20, "measure what can leak every so many steps; 0 never")
-    leakage_prompts: int = option(4, "on so many responses, or more where processes share them unevenly")
-    leakage_samples: int = option(4, "under so many samples of the privileged information each")
-    leakage_tokens: int = option(256, "and on no more than so many tokens of each")
+    divergence_top_k: int | None = option(None, "on the student's k most probable tokens and a tail", least=1)
+    divergence_token_clip: float | None = option(None, "bound of a token's contribution", above=0)
+    opsd_weight: float = option(1.0, "weight of OPSD's loss in grpo+opsd", least=0)
+    eval_steps: int = option(20, "evaluate every so many steps", least=1)
+    completions_steps: int = option(20, "print and store sample completions every so many steps; 0 never", least=0)
+    eval_temperature: float = option(1.0, "of the responses that are evaluated, one per prompt", least=0)
+    leakage_steps: int = option(20, "measure what can leak every so many steps; 0 never", least=0)
+    leakage_prompts: int = option(4, "on so many responses, or more where processes share them unevenly", least=1)
+    leakage_samples: int = option(4, "under so many samples of the privileged information each", least=2)
+    leakage_tokens: int = option(256, "and on no more than so many tokens of each", least=1)
 
     def __post_init__(self) -> None:
         """The method's defaults, and what cannot work."""
         super().__post_init__()
-        defaults = {"teacher_sync_steps": 0, "privilege": "answer", "divergence": "forward_kl"}
-        for name, value in {**defaults, **DEFAULTS[self.method]}.items():
+        for name, value in DEFAULTS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.require_positive(
-            "num_prompts", "num_generations", "num_minibatches", "num_iterations", "temperature", "leakage_prompts",
-            "leakage_samples", "leakage_tokens", "eval_steps",
-        )  # fmt: skip
+        self.require_shares("num_prompts", block=self.num_minibatches)
         if self.num_generations < 2 and self.method != "opsd":
-            raise ValueError(
+            raise InputError(
                 f"{self.method} compares the responses of a group: num_generations must be at least 2, got 1"
             )
-        if self.num_prompts % self.num_minibatches:
-            raise ValueError(f"num_prompts must be a multiple of num_minibatches, got {self.num_prompts}")
         template = self.privileged_template
         if template is not None and not ("{prompt}" in template and "{privileged}" in template):
-            raise ValueError("privileged_template must hold {prompt} and {privileged}, got " + repr(template))
+            raise InputError("privileged_template must hold {prompt} and {privileged}, got " + repr(template))
+
+    def without_effect(self) -> list[str]:
+        """Options that were given another value than their own, and that nothing in this run reads."""
+        policy = self.method in ("rlsd", "grpo", "grpo+opsd")
+        read = {
+            "epsilon": policy, "scale_rewards": policy, "rlsd": self.method == "rlsd",
+            "evidence_from": self.method == "rlsd", "privilege": self.method != "grpo",
+            "divergence": self.method not in ("rlsd", "grpo"), "opsd_weight": self.method == "grpo+opsd",
+            "teacher_sync_steps": self.teacher == "frozen", "teacher_ema_rate": self.teacher == "ema",
+        }  # fmt: skip
+        unread = [name for name, is_read in read.items() if not is_read]
+        usual = {entry.name: (entry.default, DEFAULTS[self.method].get(entry.name)) for entry in fields(self)}
+        given = [name for name, values in usual.items() if getattr(self, name) not in values]
+        return [name for name in given if any(name == part or name.startswith(f"{part}_") for part in unread)]
 
 
 def train(config: RLSDConfig) -> None:
     """Train from the model, or from the last checkpoint, to `max_steps`."""
     directory = open_output(config)
-    needs = {"answer": ["reference"], "solution": ["solutions"]} if config.method != "grpo" else {}
-    examples = load_examples(config, config.train_dataset, config.train_split, needs=needs.get(config.privilege, []))
+    needs = {"answer": ["reference"], "solution": ["solutions"]}.get(config.privilege, [])
+    examples = load_examples(config, config.train_dataset, config.train_split, needs=needs)
     held_out = load_held_out(config)
     newest = checkpoint.last(directory) if config.resume else None
     start = checkpoint.step_of(newest) if newest else 0
@@ -132,7 +140,7 @@ def train(config: RLSDConfig) -> None:
     copied = wrapped(copy_of(model), config, trained=False) if config.teacher != "live" else None
     policy = wrapped(model, config)
     teacher = Teacher(policy, copied, config.teacher, config.teacher_sync_steps, config.teacher_ema_rate)
-    optimizer, rate = optimizer_for(policy, config)
+    optimizer, set_rate = optimizer_for(policy, config)
     if newest:
         checkpoint.restore(newest, policy, optimizer, teacher)
     policy(check_head, encoder.batch([encoder(examples[0])], [[0]]))
@@ -142,6 +150,8 @@ def train(config: RLSDConfig) -> None:
         Environment(config, encoder) as environment,
     ):
         examples = encoder.short_enough(examples, config.max_prompt_length, tracker.say)
+        if unread := config.without_effect():
+            tracker.say(f"without effect on {config.method}: {', '.join(unread)}")
         evaluated = Sampling(config.eval_temperature)
         if held_out and not start:
             tracker.log(0, {"eval/reward": environment.evaluate(policy, held_out, evaluated, config.seed)})
@@ -152,9 +162,12 @@ def train(config: RLSDConfig) -> None:
             groups = sample(policy, environment, config, batch, step)
             metrics = summary(groups)
             if config.leakage_steps and step % config.leakage_steps == 0:
-                metrics |= leakage(policy, teacher, encoder, config, groups)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * rate(step)
+                metrics |= leakage(
+                    policy, teacher, encoder, groups[: -(-config.leakage_prompts // world_size())],
+                    samples=config.leakage_samples, max_tokens=config.leakage_tokens, temperature=config.temperature,
+                    template=config.privileged_template,
+                )  # fmt: skip
+            set_rate(step)
             metrics |= update(policy, teacher, optimizer, encoder, config, groups, step)
             teacher.follow(step)
             metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
@@ -185,25 +198,13 @@ def sample(
         for rollout, advantage in zip(members, ((rewards - rewards.mean()) / spread).tolist(), strict=True):
             rollout.advantage = advantage
     for i, (seed, rollout) in enumerate(zip(seeds, rollouts, strict=True)):
-        if texts := privileges(config.privilege, rollout, groups[i // size]):
+        if config.privilege and (texts := privileges(config.privilege, rollout, groups[i // size])):
             rollout.teacher_prompt = environment.encoder(
                 privileged(
                     rollout.example, config.privilege, random.Random(seed).choice(texts), config.privileged_template
                 )
             )
     return groups
-
-
-def privileges(kind: Privilege, rollout: Rollout, group: Sequence[Rollout]) -> list[str]:
-    """What a teacher of this rollout may be told: any of these."""
-    if kind == "answer":
-        return [str(rollout.example.reference)]
-    if kind == "solution":
-        return list(rollout.example.solutions)
-    if kind == "feedback":
-        return [rollout.verdict.feedback] if rollout.verdict.feedback else []
-    best = max(other.verdict.reward for other in group)
-    return [other.text for other in group if other is not rollout and other.verdict.reward == best and best > 0]
 
 
 def update(
@@ -326,41 +327,10 @@ def _log_prob(model: nn.Module, config: RLSDConfig, batch: Batch) -> Tensor:
     return call(config.head, "token_log_prob", student, None, batch.response_ids, config.temperature).log_prob
 
 
-@torch.no_grad()
-def leakage(
-    policy: nn.Module, teacher: Teacher, encoder: Encoder, config: RLSDConfig, groups: Sequence[Sequence[Rollout]]
-) -> dict[str, float]:
-    """RLSD's Theorem 1 on some rollouts: of the expected forward KL, the mutual information with r is what can leak.
-
-    Several r for a prompt are its worked solutions, else the group's other right responses.
-    """
-    tokens, total, information = 0, 0.0, 0.0
-    for group in groups[: -(-config.leakage_prompts // world_size())]:
-        rollout = group[0]
-        kind = "solution" if len(rollout.example.solutions) > 1 else "rollout"
-        texts = sorted(set(privileges(kind, rollout, group)))
-        count = (
-            config.leakage_samples
-        )  # of teachers on every process, for FSDP's sake, also where there are fewer texts
-        read = [texts[i * len(texts) // count] for i in range(count)] if len(texts) > 1 else []
-        with_r = [privileged(rollout.example, kind, text, config.privileged_template) for text in read]
-        response = [rollout.response.token_ids[: config.leakage_tokens]]
-        student = inferred_side(policy, encoder.batch([rollout.prompt], response))
-        prompts = [encoder(example) for example in with_r or [rollout.example] * count]
-        teachers = [teacher.side(encoder.batch([prompt], response)).logits(like=student) for prompt in prompts]
-        if len(texts) > 1:
-            terms = opsd_decomposition(student.logits(), torch.stack(teachers), temperature=config.temperature)
-            tokens += len(response[0])
-            total += float(terms.total.sum())
-            information += float(terms.mutual_information.sum())
-    tokens, total, information = summed([tokens, total, information])
-    return {"leakage/total": total / tokens, "leakage/mutual_information": information / tokens} if tokens else {}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     config = parse(RLSDConfig, sys.argv[1:] if argv is None else list(argv), __doc__)
-    with processes():
+    with processes(), input_errors():
         train(with_testbed(config))
 
 

@@ -15,6 +15,7 @@ Each part leaves files behind and is not done again on resuming.
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from sdkernels import Support, load_support, save_support
 from trainers import checkpoint
-from trainers.config import TrainerConfig, option, parse
+from trainers.config import InputError, TrainerConfig, input_errors, option, parse
 from trainers.data import Example, batch_of, load_examples, load_held_out, seed_of
 from trainers.evaluation import correct_counts, mean_and_error, paired_difference, pass_at_k
 from trainers.generation import Sampling
@@ -55,37 +56,40 @@ class SSDConfig(TrainerConfig):
     """Options of `trainers.ssd`."""
 
     objective: Literal["sampled", "expected"] = option("sampled", "cross-entropy on samples, or its expectation")
-    train_temperature: float = option(1.6, "T_train, at which the base is sampled")
-    train_top_k: int | None = option(20, "truncation of the base while sampling; 0: none")
-    train_top_p: float | None = option(0.8, "likewise; 1: none")
-    support_size: int = option(64, "tokens of the base's support that are recorded; larger ones are renormalised")
-    stub_length: int = option(10, "responses of one line with fewer characters are dropped as stubs; 0: none are")
-    chunk_size: int = option(128, "prompts that are sampled and recorded at a time")
-    num_train_prompts: int | None = option(None, "prompts to sample from; default: all")
-    train_batch_size: int = option(32, "samples per step")
-    terms_steps: int = option(5, "log the three terms of the loss every so many steps")
-    eval_samples: int = option(10, "responses per held-out prompt and setting")
+    train_temperature: float = option(1.6, "T_train, at which the base is sampled", above=0)
+    train_top_k: int | None = option(20, "truncation of the base while sampling; 0: none", least=0)
+    train_top_p: float | None = option(0.8, "likewise; 1: none", above=0, most=1)
+    support_size: int = option(
+        64, "tokens of the base's support that are recorded; larger ones are renormalised", least=1
+    )
+    stub_length: int = option(
+        10, "responses of one line with fewer characters are dropped as stubs; 0: none are", least=0
+    )
+    chunk_size: int = option(128, "prompts that are sampled and recorded at a time", least=1)
+    num_train_prompts: int | None = option(None, "prompts to sample from; default: all", least=1)
+    train_batch_size: int = option(32, "samples per step", least=1)
+    terms_steps: int = option(5, "log the three terms of the loss every so many steps", least=1)
+    eval_samples: int = option(10, "responses per held-out prompt and setting; pass@5 needs 5", least=5)
     eval_decodes: list[str] = option(["0.7/20/0.8", "0.9/20/0.8", "1.1/20/0.8", "1.0"], "T_eval/top-k/top-p")
     base_decodes: list[str] = option(["0.3/20/0.8", "0.5/20/0.8", "0.7/20/0.8", "0.9/20/0.8", "1.0"], "of the base")
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         super().__post_init__()
-        self.require_positive("train_temperature", "support_size", "chunk_size", "train_batch_size", "terms_steps")
+        self.require_shares("train_batch_size")
         if not self.base_decodes or not self.eval_decodes:
-            raise ValueError("base_decodes and eval_decodes must not be empty")
+            raise InputError("base_decodes and eval_decodes must not be empty")
         for decode in (*self.base_decodes, *self.eval_decodes):
             Sampling.parse(decode)
-        if self.eval_samples < 5:
-            raise ValueError(f"pass@5 needs at least 5 eval_samples, got {self.eval_samples}")
 
 
 class Sample(NamedTuple):
-    """A response of the base, and where its tokens stand in the recorded support."""
+    """A response of the base, and where its support at each token is recorded: a file and its rows."""
 
     prompt: Prompt
     token_ids: list[int]
-    tokens: slice
+    file: Path
+    rows: slice
 
 
 def train(config: SSDConfig) -> None:
@@ -100,7 +104,7 @@ def train(config: SSDConfig) -> None:
     model, processor = load_model(config, newest)
     encoder = Encoder(processor, config)
     policy = wrapped(model, config)
-    optimizer, factor = optimizer_for(policy, config)
+    optimizer, set_rate = optimizer_for(policy, config)
     if newest:
         checkpoint.restore(newest, policy, optimizer, None)
     policy(check_head, encoder.batch([encoder(examples[0])], [[0]]))
@@ -113,14 +117,13 @@ def train(config: SSDConfig) -> None:
         if not newest:
             record(policy, environment, config, examples, tracker)
             evaluate(policy, environment, config, held_out, "base", config.base_decodes, 0, tracker)
-        samples, support = recorded(directory, encoder, examples, tracker)
+        samples = recorded(directory, encoder, examples, tracker)
         for step in range(start + 1, config.max_steps + 1):
             began = time.perf_counter()
             torch.manual_seed(seed_of(config.seed, step))
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * factor(step)
+            set_rate(step)
             batch = share(batch_of(samples, config.train_batch_size, step, config.seed))
-            metrics = update(policy, optimizer, encoder, config, batch, support, step)
+            metrics = update(policy, optimizer, encoder, config, batch, step)
             metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
             tracker.log(step, metrics)
             if step % config.save_steps == 0 or step == config.max_steps:
@@ -151,17 +154,18 @@ def record(
             with inference(policy):
                 q = policy(support_of, config, environment.encoder.batch(prompts, responses)).to("cpu")
             pieces = zip(*(values.split([len(response) for response in responses]) for values in q[:3]), strict=True)
-            rows += [(r.recorded(), piece) for (r, weight), piece in zip(part, pieces, strict=True) if weight]
+            rows += [(r.recorded(), Support(*piece, q.temperature))
+                     for (r, weight), piece in zip(part, pieces, strict=True) if weight]  # fmt: skip
         order = {example.source: place for place, example in enumerate(examples)}
         rows = sorted(gathered(rows), key=lambda row: order[row[0]["source"]])  # whatever the number of processes
-        kept = [(row, piece) for row, piece in rows if not is_stub(row["response"], config.stub_length)]
+        kept = [(row, q) for row, q in rows if not is_stub(row["response"], config.stub_length)]
         if rank() == 0:
+            first = {"dropped": len(rows) - len(kept), "tokens": 0, "cut": 0}
             if kept:
-                columns = zip(*(piece for _, piece in kept), strict=True)
-                q = Support(*map(torch.cat, columns), sampling.temperature)
+                q = joined([q for _, q in kept])
+                first |= {"tokens": len(q.size), "cut": int((q.size > config.support_size).sum())}
                 save_support(folder / f"{start:07d}.safetensors", q)
-            dropped = {"dropped": len(rows) - len(kept)}
-            write_lines(folder / f"{start:07d}.jsonl", [dropped, *(row for row, _ in kept)])
+            write_lines(folder / f"{start:07d}.jsonl", [first, *(row for row, _ in kept)])
     barrier()
 
 
@@ -177,33 +181,36 @@ def support_of(model: nn.Module, config: SSDConfig, batch: Batch) -> Support:
     )
 
 
+def joined(supports: Sequence[Support]) -> Support:
+    """One support after the other."""
+    columns = zip(*(support[:3] for support in supports), strict=True)
+    return Support(*map(torch.cat, columns), supports[0].temperature)
+
+
 def is_stub(text: str, length: int) -> bool:
     """Whether an answer is empty, or a single line of fewer than `length` characters."""
     text = text.strip()
     return not text or ("\n" not in text and len(text) < length)
 
 
-def recorded(
-    directory: Path, encoder: Encoder, examples: Sequence[Example], tracker: Tracker
-) -> tuple[list[Sample], Support]:
-    """All samples and their support; what was dropped and cut is said."""
+def recorded(directory: Path, encoder: Encoder, examples: Sequence[Example], tracker: Tracker) -> list[Sample]:
+    """All samples; what was dropped and cut is said."""
     by_source = {example.source: example for example in examples}
-    samples, supports, dropped, at = [], [], 0, 0
+    samples: list[Sample] = []
+    counts: Counter[str] = Counter()
     for path in sorted((directory / "samples").glob("*.jsonl")):
-        first, *rows = map(json.loads, path.read_text().splitlines())
-        dropped += first["dropped"]
-        if rows:
-            supports.append(load_support(path.with_suffix(".safetensors")))
-        for row in rows:
-            tokens = slice(at, at := at + len(row["token_ids"]))
-            samples.append(Sample(encoder(by_source[row["source"]]), row["token_ids"], tokens))
+        first, *kept = map(json.loads, path.read_text().splitlines())
+        counts.update(first)
+        at = 0
+        for row in kept:
+            rows = slice(at, at := at + len(row["token_ids"]))
+            prompt = encoder(by_source[row["source"]])
+            samples.append(Sample(prompt, row["token_ids"], path.with_suffix(".safetensors"), rows))
     if not samples:
-        raise ValueError("every sample was empty or a stub (stub_length); there is nothing to train on")
-    columns = zip(*(support[:3] for support in supports), strict=True)
-    support = Support(*map(torch.cat, columns), supports[0].temperature)
-    cut = float((support.size > support.token_ids.shape[-1]).float().mean())
-    tracker.say(f"{len(samples)} samples of {at} tokens; {dropped} dropped; {cut:.1%} of supports cut to support_size")
-    return samples, support
+        raise InputError("every sample was empty or a stub (stub_length); there is nothing to train on")
+    tracker.say(f"{len(samples)} samples of {counts['tokens']} tokens; {counts['dropped']} dropped; "
+                f"{counts['cut'] / counts['tokens']:.1%} of supports cut to support_size")  # fmt: skip
+    return samples
 
 
 def update(
@@ -212,7 +219,6 @@ def update(
     encoder: Encoder,
     config: SSDConfig,
     samples: Sequence[Sample],
-    support: Support,
     step: int,
 ) -> dict[str, float]:
     """One optimizer step; returns the loss, and means of its terms over tokens."""
@@ -222,7 +228,7 @@ def update(
     parts = by_length(samples, config.per_device_train_batch_size, lambda sample: len(sample.token_ids))
     for i, part in enumerate(parts):
         batch = encoder.batch([sample.prompt for sample in part], [sample.token_ids for sample in part])
-        q = Support(*(torch.cat([values[s.tokens] for s in part]) for values in support[:3]), support.temperature)
+        q = joined([load_support(sample.file, sample.rows) for sample in part])
         with accumulating(policy, more=i + 1 < len(parts)):
             loss, metrics = policy(loss_of, config, batch, q.to(batch.input_ids.device), tokens / world_size(), terms)
             loss.backward()
@@ -311,7 +317,7 @@ def report(directory: Path, tracker: Tracker) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     config = parse(SSDConfig, sys.argv[1:] if argv is None else list(argv), __doc__)
-    with processes():
+    with processes(), input_errors():
         train(with_testbed(config))
 
 

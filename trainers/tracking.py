@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trainers.config import TrainerConfig
+from trainers.config import InputError, TrainerConfig
 from trainers.processes import barrier, rank
 
 Item = TypeVar("Item")
@@ -141,19 +141,19 @@ FREE = {
 def open_output(config: TrainerConfig) -> Path:
     """The output directory, made if need be, with config.json in it.
 
-    Raises FileExistsError if it holds a run that is not to be resumed, ValueError if it is resumed with other options.
+    Raises InputError if it holds a run that is not to be resumed, or is resumed with other options.
     """
     directory = Path(config.output_dir)
     stored = directory / "config.json"
     options = dataclasses.asdict(config)
     results = [*directory.glob("checkpoint-*"), *directory.glob("samples/*.jsonl")]
     if results and not config.resume:
-        raise FileExistsError(f"{directory} holds a run; give --resume to go on with it, or another --output_dir")
+        raise InputError(f"{directory} holds a run; give --resume to go on with it, or another --output_dir")
     if stored.exists() and config.resume:
         before = json.loads(stored.read_text())
         changed = [name for name, value in options.items() if name not in FREE and before.get(name) != value]
         if changed:
-            raise ValueError(
+            raise InputError(
                 f"{directory} holds a run with another {', '.join(changed)}; it cannot be resumed with these"
             )
     if rank() == 0:
