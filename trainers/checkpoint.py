@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from trainers.policy import Teacher, full_weights
+from trainers.policy import full_weights
 from trainers.processes import barrier, rank
+from trainers.teacher import Teacher
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process; others get nothing
 
