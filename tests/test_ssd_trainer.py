@@ -127,10 +127,17 @@ def test_only_empty_answers_and_stubs_are_dropped(folder, tmp_path):
         assert longer == wanted
 
 
-def test_the_micro_batch_and_the_head_do_not_change_the_result(folder, tmp_path):
-    whole = train(folder, tmp_path / "a")
-    close(train(folder, tmp_path / "b", per_device_train_batch_size=1), whole, rtol=1e-4)
-    close(train(folder, tmp_path / "c", head="reference", objective="sampled"), whole, rtol=1e-4)
+def test_so_many_prompts_are_sampled(folder, tmp_path):
+    train(folder, tmp_path / "out", num_train_prompts=9, max_steps=1, train_batch_size=3)
+    sources = [row["source"] for rows, _ in samples_of(tmp_path / "out") for row in rows[1:]]
+    assert [int(source.rsplit(":", 1)[1]) for source in sources] == list(range(1, 10))
+
+
+@pytest.mark.parametrize("objective", ["sampled", "expected"])
+def test_the_micro_batch_and_the_head_do_not_change_the_result(folder, tmp_path, objective):
+    whole = train(folder, tmp_path / "a", objective=objective)
+    for changed in ({"per_device_train_batch_size": 1}, {"head": "logits"}, {"head": "reference"}):
+        close(train(folder, tmp_path / str(changed), objective=objective, **changed), whole, rtol=1e-4)
 
 
 def test_resumed_at_any_part_it_ends_with_the_same_bits(folder, tmp_path):
@@ -153,15 +160,22 @@ def test_resumed_at_any_part_it_ends_with_the_same_bits(folder, tmp_path):
     assert (tmp_path / "cut" / "report.json").read_text() == (tmp_path / "whole" / "report.json").read_text()
 
 
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    """Where one process left its results."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    train(folder, output, objective="expected", per_device_train_batch_size=4)
+    return output
+
+
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_two_processes_match_one(folder, tmp_path, fsdp):
-    alone = train(folder, tmp_path / "alone", objective="expected", per_device_train_batch_size=4)
+def test_two_processes_match_one(folder, tmp_path, alone, fsdp):
     options = arguments(folder, tmp_path / "out", objective="expected", per_device_train_batch_size=2, fsdp=fsdp)
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     ended(started([*launcher, "trainers.ssd", *options], ROOT))
-    close(metrics_of(tmp_path / "out"), alone, rtol=1e-4)
-    ours, theirs = (load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("out", "alone"))
+    close(metrics_of(tmp_path / "out"), metrics_of(alone), rtol=1e-4)
+    ours, theirs = (load_file(path / "checkpoint-4" / "model.safetensors") for path in (tmp_path / "out", alone))
     same_weights(ours, theirs)
-    texts = [sorted(row["response"] for rows, _ in samples_of(tmp_path / name) for row in rows[1:])
-             for name in ("out", "alone")]  # fmt: skip
-    assert texts[0] == texts[1]
+    texts, expected = ([sorted(row["response"] for rows, _ in samples_of(path) for row in rows[1:])]
+                       for path in (tmp_path / "out", alone))  # fmt: skip
+    assert texts == expected

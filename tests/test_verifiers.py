@@ -254,16 +254,10 @@ def test_pool():
     assert verdicts[4].feedback == "expected x, got 4"
 
 
-def test_pool_is_quick(pool):
-    responses = [str(i) for i in range(128)]
-    pool(["exact"] * 128, responses, responses)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        assert all(v.reward for v in pool(["exact"] * 128, responses, responses))
-        times.append(time.perf_counter() - start)
-    print(f"128 verifications in {min(times) * 1000:.1f} ms")
-    assert min(times) < 0.2
+def test_pool_keeps_its_processes(own):
+    with VerifierPool(2, 60.0) as pool:
+        pids = {v.reward for _ in range(3) for v in pool([own("pid")] * 20, [""] * 20, [""] * 20)}
+    assert 1 <= len(pids) <= 2
 
 
 def test_failures_cost_only_their_response(pool, own):

@@ -154,12 +154,18 @@ class TrainerConfig:
             )
 
 
+class _Parser(HfArgumentParser):
+    def add_argument(self, *names: str, bounds: Any = None, **options: Any) -> argparse.Action:
+        """As argparse's; bounds are looked at when all options are there."""
+        return super().add_argument(*names, **options)
+
+
 def parse(config_class: type[Config], argv: list[str], description: str) -> Config:
     """The config that `argv` describes; ``--config file.yaml`` gives values which the other arguments override.
 
     A wrong option or value ends the program with a message that names it, and for the file its name.
     """
-    parser = HfArgumentParser(
+    parser = _Parser(
         config_class, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for action in parser._actions:

@@ -9,7 +9,9 @@ one that was cut off is resumed.
 
 import argparse
 import functools
+import importlib.metadata
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trainers import repro_report
 from trainers.config import TrainerConfig
 from trainers.testbeds import with_testbed
+from trainers.tracking import write_json
 
 CONFIGS = Path(__file__).parent / "configs"
 METHODS = ("grpo", "rlsd", "opsd", "sdpo", "grpo+opsd")
@@ -80,6 +83,14 @@ def finish(program: str, output: Path, proof: str, options: Sequence[str]) -> No
         raise RuntimeError(f"{' '.join(command)} ended with {code}: see {output / 'log.txt'}")
 
 
+def machine() -> dict[str, str]:
+    """What a reader needs to know about where the runs ran."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {"commit": git.stdout.strip(), "python": platform.python_version(), **versions,
+            platform.machine(): f"{os.cpu_count()} cores"}  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, then write the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -94,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         rlsd = rlsd_runs(folder / "rlsd", METHODS, range(3), steps=100)
         ssd = ssd_runs(folder / "ssd", TEMPERATURES, range(3), problems=1000)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "machine.json").exists():
+        write_json(folder / "machine.json", machine())
     for name in ("arithmetic", "stdlib"):
         with_testbed(TrainerConfig(testbed=name))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

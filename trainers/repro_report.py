@@ -19,34 +19,20 @@ from trainers.tracking import read_metrics
 
 OWN_SUM = re.compile(r"=(\d+);####(\d+)$")
 
-RLSD_CLAIMS = """\
-| claim of the RLSD paper (2604.03128) | here |
-|---|---|
-| RLSD after 200 steps is above GRPO after 400 | steps to GRPO's final level: see the table |
-| OPSD peaks within 10 to 20 steps, then declines | see OPSD's rewards at steps 10 and 20, and at the end |
-| the share of clipped evidence weights is 3 to 6% | see "clipped", of all tokens, those without advantage too |
-| GRPO's entropy collapses, RLSD's stays higher | see "entropy" |
-| OPSD's loss has a floor that no student trains away (Theorem 1) | "floor": mutual information with r, nats per token |
-
+FOLLOW_UPS = """\
 Others find less: RLSD below GRPO on Qwen3-4B-Base (2605.10781), below GRPO in AMR-SD's table (2605.18529), and level
 with GRPO on Qwen3-8B in ReTeach's.
 """
 
-SSD_CLAIMS = """\
-| claim of the SSD paper (2604.01193) | here |
-|---|---|
-| the student is above the base at its best temperature, by 1 to 12 points of pass@1 | "- best base" |
-| gains are larger at pass@5 and on hard problems | "pass@5 - best base" and "hard" |
-| pass@1 depends on T_eff = T_train T_eval alone | rank correlation below, and ssd.png |
-"""
-
+RATES = ("pass@1", "pass@5", "hard pass@1", "hard pass@5")
 Series = dict[str, list[list[dict[str, float]]]]  # metrics of each seed, by method
 
 
 def write(folder: Path) -> Path:
     """Write the report of the runs below `folder`; returns its path."""
-    text = [_rlsd(folder), _ssd(folder)]
-    (folder / "report.md").write_text("\n".join(text))
+    machine = json.loads((folder / "machine.json").read_text())
+    made = "Made by trainers/repro.py: " + ", ".join(f"{name} {value}" for name, value in machine.items()) + ".\n"
+    (folder / "report.md").write_text("\n".join([_rlsd(folder), _ssd(folder), made]))
     return folder / "report.md"
 
 
@@ -54,8 +40,15 @@ def _rlsd(folder: Path) -> str:
     series: Series = {}
     for path in sorted((folder / "rlsd").iterdir()):
         series.setdefault(path.name.rsplit("-", 1)[0], []).append(read_metrics(path))
-    last = max(row["step"] for row in series["grpo"][0])
+    last = int(max(row["step"] for row in series["grpo"][0]))
     level = _mean(_at(rows, "eval/reward", last) for rows in series["grpo"])
+
+    def reward(method: str, step: int) -> str:
+        return _spread(_at(rows, "eval/reward", step) for rows in series[method])
+
+    def ends(method: str, name: str) -> str:
+        return _spread(_tail(rows, name) for rows in series[method])
+
     rows = []
     for method, runs in series.items():
         rewards = [[row["eval/reward"] for row in rows if "eval/reward" in row] for rows in runs]
@@ -63,22 +56,36 @@ def _rlsd(folder: Path) -> str:
         texts = [_said(folder / "rlsd" / f"{method}-{seed}") for seed in range(len(runs))]
         rows.append({
             "method": method,
-            **{f"reward, step {step}": _spread(_at(rows, "eval/reward", step) for rows in runs)
-               for step in (0, 10, 20, last // 2, last)},
+            **{f"reward, step {step}": reward(method, step) for step in (0, 10, 20, last // 2, last)},
             "mean over steps": _spread(map(_mean, rewards)),
             "steps to GRPO's final level": ", ".join("never" if step is None else str(step) for step in reached),
-            "entropy": f"{_mean(r[1]['entropy'] for r in runs):.3f} to {_spread(_tail(r, 'entropy') for r in runs)}",
-            "clipped": _spread(_tail(r, "evidence_clipped") for r in runs),
-            "floor": _spread(_tail(r, "leakage/mutual_information") for r in runs),
-            "right with valid steps": _spread(text[0] for text in texts),
+            "entropy": f"{_mean(r[1]['entropy'] for r in runs):.3f} to {ends(method, 'entropy')}",
+            "clipped": ends(method, "evidence_clipped"),
+            "floor": ends(method, "leakage/mutual_information"),
+            "right in all steps": _spread(text[0] for text in texts),
             "answer is the own last sum": _spread(text[1] for text in texts),
         })  # fmt: skip
     _rlsd_plot(series, folder / "rlsd.png")
-    seeds = len(series["grpo"])
+    claims = {
+        "RLSD after 200 steps is above GRPO after 400":
+            f"RLSD after {last // 2}: {reward('rlsd', last // 2)}; GRPO after {last}: {reward('grpo', last)}",
+        "OPSD peaks within 10 to 20 steps, then declines":
+            f"OPSD at steps 0, 10, 20 and {last}: {', '.join(reward('opsd', step) for step in (0, 10, 20, last))}",
+        "3 to 6% of evidence weights are clipped": ends("rlsd", "evidence_clipped"),
+        "GRPO's entropy collapses, RLSD's stays higher":
+            f"at the end GRPO {ends('grpo', 'entropy')}, RLSD {ends('rlsd', 'entropy')}",
+        "of OPSD's loss, the mutual information with r cannot be trained away (Theorem 1)":
+            f"at the end {ends('opsd', 'leakage/mutual_information')} of {ends('opsd', 'leakage/total')} nats a token",
+    }  # fmt: skip
     return (
-        f"# RLSD and its baselines on the arithmetic testbed\n\n{seeds} seeds, mean +- standard deviation over seeds; "
-        f"reward is that of one response at temperature 1 to each of 512 held-out questions.\n\n{_table(rows)}\n\n"
-        f"![rewards, entropy, evidence, leakage](rlsd.png)\n\n{RLSD_CLAIMS}"
+        f"# RLSD and its baselines on the arithmetic testbed\n\n{_table(rows)}\n\n"
+        f"Seeds: {len(series['grpo'])}; mean +- standard deviation over seeds. Reward: of one response at "
+        f"temperature 1 to each of 512 held-out questions. Entropy: nats per token, of the first step and of the last "
+        f"20, as are clipped (share of all tokens, those without advantage too) and the floor (mutual information with "
+        f"r, nats per token). The last two columns are of the responses that the last logged step trained on: right in "
+        f"every intermediate sum, and consistent, whether right or not.\n\n"
+        f"![rewards, entropy, evidence, leakage](rlsd.png)\n\n"
+        f"{_claims('RLSD paper (2604.03128)', claims)}\n\n{FOLLOW_UPS}"
     )
 
 
@@ -138,26 +145,45 @@ def _ssd(folder: Path) -> str:
     (difficulty,) = (runs for (model, _, _), runs in found.items() if model == "difficulty")
     hard = np.argsort(np.mean(difficulty, 0), kind="stable")[: len(difficulty[0]) // 3]
     rate = _rates(found, samples, hard)
-    best = max((key for key in rate if key[0] == "base"), key=lambda key: rate[key]["pass@1"].mean())
+    best = {
+        name: max((key for key in rate if key[0] == "base"), key=lambda key: rate[key][name].mean()) for name in RATES
+    }
     rows = []
     for key in sorted((key for key in rate if key[0] == "base"), key=lambda key: -rate[key]["pass@1"].mean())[:3]:
         rows.append(_ssd_row(key, rate, best))
     for train in sorted({key[1] for key in rate if key[0] == "student"}):
         students = [key for key in rate if key[:2] == ("student", train)]
-        for key in (max(students, key=lambda key: rate[key]["pass@1"].mean()), ("student", train, "1.0")):
-            rows.append(_ssd_row(key, rate, best))
+        chosen = (max(students, key=lambda key: rate[key][name].mean()) for name in ("pass@1", "pass@5"))
+        rows += [_ssd_row(key, rate, best) for key in dict.fromkeys((*chosen, ("student", train, "1.0")))]
     points = [(train * float(decode), rate[key]["pass@1"].mean(), train) for key in rate
               for model, train, decode in [key] if model == "student" and "/" not in decode]  # fmt: skip
     correlation = _rank_correlation([p[0] for p in points], [p[1] for p in points])
+    apart = [abs(a[1] - b[1]) for i, a in enumerate(points) for b in points[:i] if math.isclose(a[0], b[0])]
     _ssd_plot(rate, points, folder / "ssd.png")
+    gains = {
+        name: _spread(
+            max((v[name] for k, v in rate.items() if k[0] == "student"), key=np.mean) - rate[best[name]][name]
+        )
+        for name in RATES
+    }
+    claims = {
+        "the student is above the base at its best temperature, by 1 to 12 points of pass@1": gains["pass@1"],
+        "gains are larger at pass@5 and on hard problems":
+            ", ".join(f"{name} {gain}" for name, gain in gains.items() if name != "pass@1"),
+        "pass@1 depends on T_eff = T_train T_eval alone":
+            f"rank correlation {correlation:.3f} over {len(points)} settings without truncation, which span "
+            f"{np.ptp([p[1] for p in points]):.3f}" + (f"; the {len(apart)} pairs of equal T_eff are "
+            f"{_mean(apart):.3f} apart, {max(apart):.3f} at most" if apart else ""),
+    }  # fmt: skip
     decodes = sum(key[0] == "base" for key in rate)
     return (
-        f"# SSD on the code testbed\n\n{len(rate[best]['pass@1'])} seeds, {len(difficulty[0])} held-out problems x "
-        f"{samples} samples, mean +- standard deviation over seeds. For every T_train the student's best decode, and "
-        f"decoding at temperature 1 without truncation. Hard: the third that the base solves least, by separate "
-        f"samples. The base's best decode, {best[2]}, is the best of {decodes} on the very problems.\n\n"
-        f"{_table(rows)}\n\nRank correlation of T_eff and pass@1 over {len(points)} students decoded without "
-        f"truncation: {correlation:.3f}.\n\n![pass@1 against T_eff, and by decode](ssd.png)\n\n{SSD_CLAIMS}"
+        f"# SSD on the code testbed\n\n{_table(rows)}\n\nSeeds: {len(rate[best['pass@1']]['pass@1'])}; mean +- "
+        f"standard deviation over seeds; {len(difficulty[0])} held-out problems x {samples} samples. The base at its "
+        f"three best decodes (T_eval/top-k/top-p) and, for every T_train, the student at its best for pass@1, for "
+        f"pass@5, and at temperature 1 without truncation. Hard: the third that the base solves least, by separate "
+        f"samples. Best base: the best of {decodes} decodes for that column, on the very problems; a student's best is "
+        f"chosen alike.\n\n"
+        f"![pass@1 against T_eff, and by decode](ssd.png)\n\n{_claims('SSD paper (2604.01193)', claims)}\n"
     )
 
 
@@ -167,21 +193,21 @@ def _rates(found: dict[Any, list[np.ndarray]], samples: int, hard: np.ndarray) -
     return {
         key: {
             f"{prefix}pass@{k}": np.array([estimate[k][counts[which]].mean() for counts in runs])
-            for k in (1, 5)
             for prefix, which in (("", slice(None)), ("hard ", hard))
+            for k in (1, 5)
         }
         for key, runs in found.items()
         if key[0] != "difficulty"
     }
 
 
-def _ssd_row(key: Any, rate: dict[Any, dict[str, np.ndarray]], best: Any) -> dict[str, str]:
+def _ssd_row(key: Any, rate: dict[Any, dict[str, np.ndarray]], best: dict[str, Any]) -> dict[str, str]:
     model, train, decode = key
     same = ("base", 0.0, decode)
     row = {"model": model if model == "base" else f"T_train {train:g}", "decode": decode}
     row |= {name: _spread(values) for name, values in rate[key].items()}
     for name in ("pass@1", "pass@5"):
-        row[f"{name} - best base"] = _spread(rate[key][name] - rate[best][name])
+        row[f"{name} - best base"] = _spread(rate[key][name] - rate[best[name]][name])
         row[f"{name} - same decode"] = _spread(rate[key][name] - rate[same][name]) if same in rate else ""
     return row
 
@@ -247,6 +273,10 @@ def _spread(values: Iterable[float]) -> str:
     if not found.size:
         return ""
     return f"{found.mean():.3f}" + (f" +- {found.std(ddof=1):.3f}" if found.size > 1 else "")
+
+
+def _claims(source: str, found: dict[str, str]) -> str:
+    return _table([{f"claim of the {source}": claim, "here": value} for claim, value in found.items()])
 
 
 def _table(rows: Sequence[dict[str, str]]) -> str:
