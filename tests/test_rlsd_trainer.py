@@ -209,7 +209,8 @@ def test_feedback_is_read_by_the_teacher_of_what_it_is_about(folder, tmp_path, m
 
 def test_finished_only_takes_the_reward_of_what_was_cut_off(folder, tmp_path):
     (tmp_path / "good.py").write_text("def reward(response, reference):\n    return 1.0\n")
-    options = {"verifier": f"{tmp_path}/good.py:reward", "max_steps": 1, "completions_steps": 1, "method": "grpo"}
+    options = {"verifier": f"{tmp_path}/good.py:reward", "max_steps": 1, "completions_steps": 1, "method": "grpo",
+               "max_completion_length": 60}  # fmt: skip
     for finished_only in (False, True):
         output = tmp_path / str(finished_only)
         (row,) = train(folder, output, finished_only=finished_only, **options)
