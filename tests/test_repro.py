@@ -1,5 +1,6 @@
 """`make repro`: which programs it starts, and what its report makes of what they left."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ from trainers.tracking import write_json, write_lines
 
 pytestmark = no_kernel
 SAMPLES = 10
-DECODES = ("0.5", "1.0", "2.0", "0.5/20/0.8")
+DECODES = ("0.5", "2.0", "1.0", "0.5/20/0.8")
 
 
 def rewards(method, seed, step):
@@ -47,17 +48,21 @@ def folder(tmp_path):
             write_lines(output / "completions" / "step-000040.jsonl",
                         [{"prompt": problem.prompt, "response": text} for text in said])  # fmt: skip
     rng = np.random.default_rng(0)
-    for train in (0.5, 1.0):
-        for seed in (0, 1):
-            output = tmp_path / "ssd" / f"{train:g}-{seed}" / "evaluation"
-            output.mkdir(parents=True)
-            for model in ("base", "student"):
-                for number, decode in enumerate(DECODES):
-                    correct = rng.integers(0, SAMPLES + 1, 9) // (1 + (model == "base"))
-                    entry = {"model": model, "decode": decode, "samples": SAMPLES, "correct": correct.tolist()}
-                    write_json(output / f"{model}-{number}.json", entry)
-            write_json(output / "difficulty-9.json",
-                       entry | {"model": "difficulty", "correct": [9, 0, 8, 7, 1, 6, 5, 2, 4]})  # fmt: skip
+    for kind, train, seed in itertools.product(("truncated", "plain"), (0.5, 1.0), (0, 1)):
+        output = tmp_path / "ssd" / f"{kind}-{train:g}-{seed}" / "evaluation"
+        output.mkdir(parents=True)
+        for model, decodes in (("base", DECODES), ("student", DECODES[2:] if kind == "truncated" else DECODES[:3])):
+            for number, decode in enumerate(decodes):
+                of_base = np.random.default_rng([seed, number])
+                correct = (
+                    rng.integers(0, SAMPLES + 1, 9) if model == "student" else of_base.integers(0, 6, 9)
+                ).tolist()
+                entry = {"model": model, "decode": decode, "samples": SAMPLES, "correct": correct}
+                write_json(output / f"{model}-{number}.json", entry)
+        hardness = [9, 0, 8, 7, 1, 6, 5, 2, 4]
+        write_json(
+            output / "difficulty-9.json", entry | {"model": "difficulty", "decode": DECODES[0], "correct": hardness}
+        )
     write_json(tmp_path / "machine.json", repro.machine())
     return tmp_path
 
@@ -103,11 +108,10 @@ def test_the_report_of_rlsd_says_what_the_runs_logged(folder):
 def test_the_report_of_ssd_says_what_was_counted(folder):
     counts = {}
     for path in sorted((folder / "ssd").glob("*/evaluation/*.json")):
-        train, seed = path.parts[-3].split("-")
+        kind, train, seed = path.parts[-3].split("-")
         entry = json.loads(path.read_text())
-        key = (entry["model"], train if entry["model"] == "student" else "", entry["decode"])
-        if entry["model"] == "student" or train == "0.5":  # the base is that of the first temperature
-            counts.setdefault(key, {})[seed] = entry["correct"]
+        key = (kind, train, entry["decode"]) if entry["model"] == "student" else (entry["model"], "", entry["decode"])
+        counts.setdefault(key, {})[seed] = entry["correct"]
     hard = [1, 4, 7]
 
     def rate(key, name):
@@ -117,15 +121,15 @@ def test_the_report_of_ssd_says_what_was_counted(folder):
         ]
 
     *_, rows, claims = tables(repro_report.write(folder).read_text())
-    keys = {model: [key for key in counts if key[0] == model] for model in ("base", "student")}
+    keys = {model: [key for key in counts if key[0] == model] for model in ("base", "truncated")}
     assert len(rows) >= 3 + 2 * 2
     gains = {}
     for name in repro_report.RATES:
         best = {model: max(found, key=lambda key: np.mean(rate(key, name))) for model, found in keys.items()}
-        gains[name] = spread(np.subtract(rate(best["student"], name), rate(best["base"], name)))
+        gains[name] = spread(np.subtract(rate(best["truncated"], name), rate(best["base"], name)))
         for row in rows:
             model, _, train = row["model"].partition(" ")
-            key = (model if model == "base" else "student", train, row["decode"])
+            key = ("base" if model == "base" else "truncated", train, row["decode"])
             assert row[name] == spread(rate(key, name))
             if "hard" not in name:
                 difference = spread(np.subtract(rate(key, name), rate(best["base"], name)))
@@ -134,7 +138,7 @@ def test_the_report_of_ssd_says_what_was_counted(folder):
     assert above == gains.pop("pass@1")
     assert larger == ", ".join(f"{name} {gain}" for name, gain in gains.items())
     # T_eff 0.25, 0.5, 1 and 0.5, 1, 2: two pairs are equal
-    plain = {(t, d): np.mean(rate(("student", t, d), "pass@1")) for t in ("0.5", "1") for d in DECODES[:3]}
+    plain = {(t, d): np.mean(rate(("plain", t, d), "pass@1")) for t in ("0.5", "1") for d in DECODES[:3]}
     apart = [abs(plain["0.5", "1.0"] - plain["1", "0.5"]), abs(plain["0.5", "2.0"] - plain["1", "1.0"])]
     assert f"2 pairs of equal T_eff are {np.mean(apart):.3f} apart, {max(apart):.3f} at most" in effective
     assert (folder / "ssd.png").stat().st_size > 20_000
@@ -180,12 +184,18 @@ def test_what_ended_is_not_run_again(tmp_path, commands):
 def test_the_base_is_evaluated_once_a_seed(tmp_path, commands):
     for run in repro.ssd_runs(tmp_path, [0.6, 0.8], [0, 1], problems=5):
         run()
-    assert [found for _, found in commands] == [[], ["base-0.json"]] * 2
+    assert [found for _, found in commands] == [[], *[["base-0.json"]] * 3] * 2
+    base = []
     for command, _ in commands:
-        at, count = command.index("--base_decodes"), len(repro.EVAL_TEMPERATURES) + len(repro.TRUNCATED)
-        decodes = command[at + 1 : at + 1 + count]
-        assert sorted(decodes) == sorted(command[-count:])
-        assert {"1.0", "0.2/20/0.8"} < set(decodes)
+        at, to = command.index("--base_decodes"), command.index("--eval_decodes")
+        base.append(command[at + 1 : to])
+        plain = "--train_top_k=0" in command
+        assert plain == ("--train_top_p=1" in command)
+        assert all(("/" in decode) != plain for decode in command[to + 1 :] if decode != "1.0")
+        assert "1.0" in command[to + 1 :]
+        assert set(command[to + 1 :]) <= set(base[-1])  # each has its base to compare with
+    assert base == base[:1] * 8
+    assert sum("--train_top_k=0" in command for command, _ in commands) == 4
 
 
 def test_a_run_that_fails_names_its_log(tmp_path, monkeypatch):

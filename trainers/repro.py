@@ -50,20 +50,27 @@ def rlsd_runs(folder: Path, methods: Sequence[str], seeds: Sequence[int], steps:
 
 
 def ssd_runs(folder: Path, temperatures: Sequence[float], seeds: Sequence[int], problems: int) -> list[Run]:
-    """For every seed the runs of trainers.ssd, one after the other: the first evaluates the base for all."""
+    """For every seed the runs of trainers.ssd, one after the other: the first evaluates the base for all.
+
+    Students of the truncated base are decoded with truncation, and at temperature 1 without. Where T_eff is all that
+    counts, nothing is truncated: neither the base that is sampled nor the student.
+    """
+    plain = [str(temperature) for temperature in EVAL_TEMPERATURES]
+    kinds = {"truncated": [[], [*TRUNCATED, "1.0"]], "plain": [["--train_top_k=0", "--train_top_p=1"], plain]}
 
     def chain(seed: int) -> None:
-        first = folder / f"{temperatures[0]:g}-{seed}"
-        for temperature in temperatures:
-            output = folder / f"{temperature:g}-{seed}"
-            if output != first and not output.exists():
-                shutil.copytree(first / "evaluation", output / "evaluation", ignore=lambda _, names: [
-                    name for name in names if name.startswith("student")])  # fmt: skip
-            decodes = [*map(str, EVAL_TEMPERATURES), *TRUNCATED]
-            finish("ssd", output, "report.json", [
-                f"--train_temperature={temperature}", f"--seed={seed}", f"--num_eval_prompts={problems}",
-                "--base_decodes", "0.8/20/0.8", *(d for d in decodes if d != "0.8/20/0.8"), "--eval_decodes", *decodes,
-            ])  # fmt: skip
+        first = folder / f"{next(iter(kinds))}-{temperatures[0]:g}-{seed}"
+        for kind, (filters, decodes) in kinds.items():
+            for temperature in temperatures:
+                output = folder / f"{kind}-{temperature:g}-{seed}"
+                if output != first and not output.exists():
+                    shutil.copytree(first / "evaluation", output / "evaluation", ignore=lambda _, names: [
+                        name for name in names if name.startswith("student")])  # fmt: skip
+                finish("ssd", output, "report.json", [
+                    f"--train_temperature={temperature}", *filters, f"--seed={seed}", f"--num_eval_prompts={problems}",
+                    "--base_decodes", "0.8/20/0.8", *(d for d in (*plain, *TRUNCATED) if d != "0.8/20/0.8"),
+                    "--eval_decodes", *decodes,
+                ])  # fmt: skip
 
     return [functools.partial(chain, seed) for seed in seeds]
 

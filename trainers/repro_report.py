@@ -135,11 +135,11 @@ def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
 def _ssd(folder: Path) -> str:
     found: dict[tuple[str, float, str], list[np.ndarray]] = {}  # model, T_train, decode: right counts by seed
     for path in sorted((folder / "ssd").iterdir()):
-        train = float(path.name.rsplit("-", 1)[0])
+        kind, train, seed = path.name.split("-")
         for entry in (json.loads(p.read_text()) for p in sorted((path / "evaluation").glob("*.json"))):
-            key = (entry["model"], train if entry["model"] == "student" else 0.0, entry["decode"])
-            runs = found.setdefault(key, [])
-            if entry["model"] == "student" or len(runs) <= int(path.name.rsplit("-", 1)[1]):
+            student = entry["model"] == "student"
+            runs = found.setdefault((kind if student else entry["model"], float(train) * student, entry["decode"]), [])
+            if len(runs) <= int(seed):  # the base's counts are the same in all runs of a seed
                 runs.append(np.array(entry["correct"]))
             samples = entry["samples"]
     (difficulty,) = (runs for (model, _, _), runs in found.items() if model == "difficulty")
@@ -151,18 +151,18 @@ def _ssd(folder: Path) -> str:
     rows = []
     for key in sorted((key for key in rate if key[0] == "base"), key=lambda key: -rate[key]["pass@1"].mean())[:3]:
         rows.append(_ssd_row(key, rate, best))
-    for train in sorted({key[1] for key in rate if key[0] == "student"}):
-        students = [key for key in rate if key[:2] == ("student", train)]
+    for train in sorted({key[1] for key in rate if key[0] == "truncated"}):
+        students = [key for key in rate if key[:2] == ("truncated", train)]
         chosen = (max(students, key=lambda key: rate[key][name].mean()) for name in ("pass@1", "pass@5"))
-        rows += [_ssd_row(key, rate, best) for key in dict.fromkeys((*chosen, ("student", train, "1.0")))]
+        rows += [_ssd_row(key, rate, best) for key in dict.fromkeys((*chosen, ("truncated", train, "1.0")))]
     points = [(train * float(decode), rate[key]["pass@1"].mean(), train) for key in rate
-              for model, train, decode in [key] if model == "student" and "/" not in decode]  # fmt: skip
+              for model, train, decode in [key] if model == "plain"]  # fmt: skip
     correlation = _rank_correlation([p[0] for p in points], [p[1] for p in points])
     apart = [abs(a[1] - b[1]) for i, a in enumerate(points) for b in points[:i] if math.isclose(a[0], b[0])]
     _ssd_plot(rate, points, folder / "ssd.png")
     gains = {
         name: _spread(
-            max((v[name] for k, v in rate.items() if k[0] == "student"), key=np.mean) - rate[best[name]][name]
+            max((v[name] for k, v in rate.items() if k[0] == "truncated"), key=np.mean) - rate[best[name]][name]
         )
         for name in RATES
     }
@@ -171,7 +171,7 @@ def _ssd(folder: Path) -> str:
         "gains are larger at pass@5 and on hard problems":
             ", ".join(f"{name} {gain}" for name, gain in gains.items() if name != "pass@1"),
         "pass@1 depends on T_eff = T_train T_eval alone":
-            f"rank correlation {correlation:.3f} over {len(points)} settings without truncation, which span "
+            f"rank correlation {correlation:.3f} over {len(points)} settings, nothing truncated, which span "
             f"{np.ptp([p[1] for p in points]):.3f}" + (f"; the {len(apart)} pairs of equal T_eff are "
             f"{_mean(apart):.3f} apart, {max(apart):.3f} at most" if apart else ""),
     }  # fmt: skip
@@ -220,10 +220,10 @@ def _ssd_plot(rate: dict[Any, dict[str, np.ndarray]], points: Sequence[tuple[flo
         effective.plot(
             *zip(*sorted(p[:2] for p in points if p[2] == train), strict=True), "o-", label=f"T_train {train:g}"
         )
-    effective.set_xlabel("T_eff = T_train T_eval, decoded without truncation")
+    effective.set_xlabel("T_eff = T_train T_eval, nothing truncated")
     effective.set_ylabel("pass@1")
     for axis, name in ((decodes, "pass@1"), (hard, "hard pass@5")):
-        for model, train in sorted({key[:2] for key in rate}):
+        for model, train in sorted({key[:2] for key in rate if key[0] != "plain"}):
             line = sorted((float(d.split("/")[0]), v[name]) for (m, t, d), v in rate.items()
                           if (m, t) == (model, train) and "/" in d)  # fmt: skip
             label, style = ("base", "k--") if model == "base" else (f"T_train {train:g}", "o-")
