@@ -18,6 +18,7 @@ from trainers import policy as policies
 from trainers import rlsd
 from trainers.data import load_examples
 from trainers.policy import load_model, optimizer_for, wrapped
+from trainers.program import parse
 from trainers.prompts import Encoder, privileged
 from trainers.rlsd import DEFAULTS
 from trainers.rollouts import Environment
@@ -103,7 +104,7 @@ def test_a_frozen_teacher_stays(folder, tmp_path):
 
 def replayed(folder, tmp_path, method, head, steps=50):
     """Losses and gradient norms of optimizer steps on the same recorded rollouts, three inner updates each."""
-    config = rlsd.parse(
+    config = parse(
         rlsd.RLSDConfig,
         arguments(folder, tmp_path, method=method, head=head, num_minibatches=2, learning_rate=1e-4, teacher="ema"), "",
     )  # fmt: skip

@@ -16,6 +16,7 @@ from trainers import ssd
 from trainers.data import load_examples
 from trainers.evaluation import pass_at_k
 from trainers.policy import load_model
+from trainers.program import parse
 from trainers.prompts import Encoder
 
 pytestmark = [no_kernel, pytest.mark.usefixtures("one_thread")]
@@ -93,7 +94,7 @@ def test_it_samples_trains_and_evaluates(folder, tmp_path, objective):
 
 
 def test_the_recorded_support_is_the_bases_at_the_sampled_tokens(folder, tmp_path):
-    config = ssd.parse(ssd.SSDConfig, arguments(folder, tmp_path / "out", max_steps=1), "")
+    config = parse(ssd.SSDConfig, arguments(folder, tmp_path / "out", max_steps=1), "")
     ssd.train(config)
     model, processor = load_model(config)
     encoder = Encoder(processor, config)

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from conftest import no_kernel
 
-from trainers.config import TrainerConfig, parse
+from trainers.config import TrainerConfig
+from trainers.program import parse
 from trainers.rlsd import DEFAULTS, RLSDConfig
 from trainers.ssd import SSDConfig
 

@@ -9,7 +9,6 @@ same responses. Then come `num_iterations` passes of `num_minibatches` optimizer
 """
 
 import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from sdkernels import lambda_schedule, rlsd_metrics
 from trainers import checkpoint
-from trainers.config import InputError, TrainerConfig, input_errors, option, parse
+from trainers.config import InputError, TrainerConfig, option
 from trainers.data import Example, batch_of, load_examples, load_held_out, seed_of
 from trainers.generation import Sampling
 from trainers.losses import Side, call
@@ -35,11 +34,11 @@ from trainers.policy import (
     response_side,
     wrapped,
 )
-from trainers.processes import gathered, processes, rank, share, summed, world_size
+from trainers.processes import gathered, rank, share, summed, world_size
+from trainers.program import run
 from trainers.prompts import Batch, Encoder, Privilege, by_length, privileged
 from trainers.rollouts import Environment, Rollout, summary
 from trainers.teacher import Teacher, copy_of, leakage, privileges
-from trainers.testbeds import with_testbed
 from trainers.tracking import Tracker, open_output, plot
 
 # What the papers use (RLSD section 5.1, OPSD, SDPO's code); an option that is given takes precedence.
@@ -329,9 +328,7 @@ def _log_prob(model: nn.Module, config: RLSDConfig, batch: Batch) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    config = parse(RLSDConfig, sys.argv[1:] if argv is None else list(argv), __doc__)
-    with processes(), input_errors():
-        train(with_testbed(config))
+    run(RLSDConfig, train, __doc__, argv)
 
 
 if __name__ == "__main__":

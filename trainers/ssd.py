@@ -13,7 +13,6 @@ Each part leaves files behind and is not done again on resuming.
 """
 
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from sdkernels import Support, load_support, save_support
 from trainers import checkpoint
-from trainers.config import InputError, TrainerConfig, input_errors, option, parse
+from trainers.config import InputError, TrainerConfig, option
 from trainers.data import Example, batch_of, load_examples, load_held_out, seed_of
 from trainers.evaluation import correct_counts, mean_and_error, paired_difference, pass_at_k
 from trainers.generation import Sampling
@@ -41,10 +40,10 @@ from trainers.policy import (
     response_side,
     wrapped,
 )
-from trainers.processes import barrier, gathered, padded_share, processes, rank, share, summed, world_size
+from trainers.processes import barrier, gathered, padded_share, rank, share, summed, world_size
+from trainers.program import run
 from trainers.prompts import Batch, Encoder, Prompt, by_length
 from trainers.rollouts import Environment, Rollout
-from trainers.testbeds import with_testbed
 from trainers.tracking import Tracker, open_output, plot, write_json, write_lines
 
 TERMS = ("support_compression", "within_support_reshaping", "base_alignment", "constant", "cross_entropy", "kept_mass")
@@ -316,9 +315,7 @@ def report(directory: Path, tracker: Tracker) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    config = parse(SSDConfig, sys.argv[1:] if argv is None else list(argv), __doc__)
-    with processes(), input_errors():
-        train(with_testbed(config))
+    run(SSDConfig, train, __doc__, argv)
 
 
 if __name__ == "__main__":
