@@ -247,6 +247,11 @@ def test_what_is_saved_is_loaded(dtype, temperature, tmp_path, device):
         same = loaded.temperature == temperature
         assert same if isinstance(same, bool) else same.all()
         assert type(loaded.temperature) is type(temperature)
+        for chosen in (slice(1, 2), slice(0), slice(-1, None)):
+            part, tensor = load_support(path, chosen), isinstance(temperature, torch.Tensor)
+            for each, expected in zip(part[:3], support[:3], strict=True):
+                assert_same_bits(each, expected[chosen].cpu())
+            assert (part.temperature.tolist() == temperature[chosen].tolist()) if tensor else part[3] == temperature
     assert {path.name for path in tmp_path.iterdir()} == {"support.safetensors", "again"}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import no_kernel
 
-from trainers import arithmetic, stdlib_code
+from trainers import arithmetic, muon, stdlib_code
 from trainers.code_verifier import verify
 from trainers.verifiers import exact
 
@@ -179,3 +179,34 @@ def test_half_of_the_hinted_traces_are_followed():
         assert tokenizer.decode(label[label != arithmetic.IGNORED]) == response + arithmetic.EOS
         followed += hint == response
     assert followed / 2000 == pytest.approx(0.5 + 0.5 / 6, abs=0.06)  # five standard deviations
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 6), (2, 4, 9), (2, 9, 4)])
+def test_muon_orthogonalises(shape):
+    """Singular vectors stay, singular values are taken to about 1."""
+    matrices = torch.randn(shape, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    a, b, c = muon.COEFFICIENTS
+    x = s / s.norm(dim=1, keepdim=True)
+    for _ in range(muon.STEPS):
+        x = a * x + b * x**3 + c * x**5
+    found = muon.orthogonalised(matrices)
+    assert torch.allclose(found, u @ torch.diag_embed(x) @ v, rtol=0, atol=1e-10)
+
+
+def test_muon_is_pytorchs():
+    """Which rounds to bfloat16 in each iteration."""
+    ours, theirs = (torch.nn.Linear(8, 5, bias=False) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    start = ours.weight.detach().clone()
+    optimizers = (
+        muon.Muon(ours.parameters(), 0.01),
+        torch.optim.Muon(theirs.parameters(), 0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(3):
+        gradient = torch.randn(5, 8)
+        for module, optimizer in zip((ours, theirs), optimizers, strict=True):
+            module.weight.grad = gradient.clone()
+            optimizer.step()
+    moved, expected = ours.weight - start, theirs.weight - start
+    assert (moved - expected).norm() <= 15 * 2**-8 * expected.norm()  # 15 roundings: 5 iterations of 3 products

@@ -22,7 +22,8 @@ from transformers import (
 
 from trainers.config import TrainerConfig
 from trainers.data import Example, seed_of
-from trainers.generation import Generator, Response, Sampling, SeededSampler
+from trainers import generation
+from trainers.generation import Draft, Generator, Response, Sampling, SeededSampler, Waste
 from trainers.policy import Policy
 from trainers.processes import device
 from trainers.prompts import Encoder, Prompt
@@ -79,11 +80,65 @@ def test_a_shorter_limit_cuts_the_same_response(policy):
     assert [r.token_ids[:3] for r in long] == [r.token_ids for r in short]
 
 
+class Impatient(Waste):
+    """Ends a batch after every step."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return super().__call__(input_ids, scores, **kwargs) | True
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.0), Sampling(0.7, 10, 0.9)], ids=str)
+def test_a_response_does_not_depend_on_when_its_batch_was_left(policy, configured, sampling, monkeypatch):
+    configured(eos_token_id=list(range(20)))
+    expected = generator()(policy, PROMPTS, SEEDS, sampling)
+    assert len({len(response.token_ids) for response in expected}) > 2
+    monkeypatch.setattr(generation, "Waste", Impatient)
+    for size in (1, 3, 64):
+        assert generator(per_device_generation_batch_size=size)(policy, PROMPTS, SEEDS, sampling) == expected
+
+
+def test_rows_that_have_ended_are_left_behind(policy, configured, monkeypatch):
+    """No more than twice the tokens that had to be read, where one response of 64 takes 200 and all others 1 or 2."""
+    configured(eos_token_id=list(range(1, 103)))
+    work, forward = [], policy.model.forward
+
+    def counted(input_ids=None, **arguments):
+        work.append(input_ids.numel())
+        return forward(input_ids=input_ids, **arguments)
+
+    monkeypatch.setattr(policy.model, "forward", counted)
+    monkeypatch.setattr(generation, "SeededSampler", Scripted)
+    found = generator(max_completion_length=200, per_device_generation_batch_size=64)(
+        policy, PROMPTS[:1] * 64, range(64), Sampling()
+    )
+    assert [len(response.token_ids) for response in found] == [200, *(1 + i % 2 for i in range(1, 64))]
+    prompts, responses = 64 * len(PROMPTS[0].token_ids), sum(len(response.token_ids) for response in found)
+    assert sum(work) <= 2 * (prompts + responses)
+
+
+class Scripted(SeededSampler):
+    """By its seed row 0 never ends, others after 1 or 2 tokens."""
+
+    def __init__(self, drafts, *arguments):
+        super().__init__(drafts, *arguments)
+        self.drafts = drafts
+
+    def __call__(self, input_ids, scores):
+        at = (self.positions[:, 0] + input_ids.shape[1]).tolist()
+        ends = [draft.seed > 0 and place >= draft.seed % 2 for draft, place in zip(self.drafts, at, strict=True)]
+        chosen = torch.tensor([[OTHER if end else EOS] for end in ends], device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_policy_that_trains_goes_on_training(policy, training):
     policy.train(training)
     generator()(policy, PROMPTS[:3], SEEDS[:3], Sampling())
     assert policy.training is training
+
+
+def seeded(seeds, sampling, width=5, max_tokens=1):
+    return SeededSampler([Draft(PROMPTS[0], seed) for seed in seeds], sampling, width, max_tokens)
 
 
 def truncated(logits, sampling):
@@ -109,7 +164,7 @@ STOCHASTIC = [s for s in SETTINGS if s.temperature] + [Sampling(0.3, 5, 0.99)]
 def test_even_uniform_numbers_give_every_token_its_share(sampling):
     """The inverse CDF takes a number in [0, 1) to each token as often as q says, to a count: no chance in it."""
     logits, count = torch.randn(50), 20_000
-    sampler = SeededSampler([0], sampling, prompt_length=5, max_tokens=1)
+    sampler = seeded([0] * count, sampling)
     sampler.uniforms = ((torch.arange(count) + 0.5) / count)[:, None].to(device())
     expected = count * truncated(logits, sampling)
     found = torch.bincount(sampled(sampler, logits), minlength=50)
@@ -130,7 +185,7 @@ def chance_bound(found, expected):
 def test_seeds_draw_from_the_distribution(sampling, position):
     """20,000 seeds; a right sampler fails with probability below 1e-6, over the choice of seeds."""
     logits = torch.randn(50)
-    sampler = SeededSampler([seed_of(i) for i in range(20_000)], sampling, prompt_length=5 - position, max_tokens=4)
+    sampler = seeded([seed_of(i) for i in range(20_000)], sampling, width=5 - position, max_tokens=4)
     found, expected = torch.bincount(sampled(sampler, logits), minlength=50), truncated(logits, sampling)
     deviation, bound = chance_bound(found, expected)
     assert deviation <= bound
@@ -159,14 +214,14 @@ def test_the_ends_of_the_unit_interval_are_tokens_of_the_support(uniform, filter
     """Also where rounding leaves the masses of a row a little short of 1."""
     logits = torch.randn(200, 5000, device=device())
     logits[:, [0, 1, -2, -1]] = -torch.inf
-    sampler = SeededSampler(range(200), Sampling(**filters), 5, 1)
+    sampler = seeded(range(200), Sampling(**filters))
     sampler.uniforms.fill_(uniform)
     chosen = sampler(torch.zeros(200, 5, dtype=torch.int64), logits).argmax(-1, keepdim=True)
     assert (logits.gather(1, chosen) >= logits.topk(filters.get("top_k", 4996)).values[:, -1:]).all()
 
 
 def test_each_position_has_its_own_number():
-    sampler = SeededSampler([0], Sampling(), prompt_length=5, max_tokens=3)
+    sampler = seeded([0], Sampling(), max_tokens=3)
     sampler.uniforms[:] = torch.tensor([0.55, 0.05, 0.95])
     reads = (torch.zeros(1, 5 + i, dtype=torch.int64) for i in range(3))
     assert [int(sampler(ids, torch.zeros(1, 10, device=device())).argmax()) for ids in reads] == [5, 0, 9]
@@ -174,7 +229,7 @@ def test_each_position_has_its_own_number():
 
 def test_positions_and_seeds_draw_independently():
     """Correlations of 200,000 pairs of uniform numbers: beyond 0.02, 9 standard deviations, below 1e-15 by chance."""
-    uniforms = SeededSampler([seed_of(i) for i in range(50_001)], Sampling(), 0, 5).uniforms.double().cpu().numpy()
+    uniforms = seeded([seed_of(i) for i in range(50_001)], Sampling(), max_tokens=5).uniforms.double().cpu().numpy()
     pairs = (uniforms[:, :-1], uniforms[:, 1:]), (uniforms[:-1], uniforms[1:])
     assert all(abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.02 for a, b in pairs)
 
@@ -190,7 +245,7 @@ def test_greedy_is_transformers_greedy(policy, configured):
 
 def test_greedy_is_the_largest_logit():
     for logits in torch.randn(30, 50):
-        assert sampled(SeededSampler([0, 1], Sampling(0.0), 5, 1), logits).tolist() == [logits.argmax()] * 2
+        assert sampled(seeded([0, 1], Sampling(0.0)), logits).tolist() == [logits.argmax()] * 2
 
 
 def cut(response, eos):
@@ -241,7 +296,8 @@ def test_the_models_own_decoding_settings_do_not_count(policy, configured, chang
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.0)], ids=str)
-def test_images_do_not_depend_on_their_batch(tmp_path, sampling):
+@pytest.mark.parametrize("waste", [Waste, Impatient])
+def test_images_do_not_depend_on_their_batch(tmp_path, sampling, waste, monkeypatch):
     from PIL import Image
 
     model = AutoModelForImageTextToText.from_pretrained(save_model(tmp_path, "qwen3_vl")).to(device())
@@ -254,6 +310,7 @@ def test_images_do_not_depend_on_their_batch(tmp_path, sampling):
     prompts = [encode(Example(TEXTS[i], "", (), "exact", tuple(images), "")) for i, images in enumerate(shown)]
     one, many = (generator(encode.tokenizer, per_device_generation_batch_size=size) for size in (1, 8))
     alone = one(Policy(model, False), prompts * 2, range(8), sampling)
+    monkeypatch.setattr(generation, "Waste", waste)
     assert many(Policy(model, False), prompts * 2, range(8), sampling) == alone
 
 

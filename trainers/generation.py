@@ -4,20 +4,26 @@ A response depends on its own seed, not on the batch or the process that it is s
 processes, and runs that were resumed, sample the same.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 from sdkernels import truncated_log_softmax
 from trainers.config import InputError, TrainerConfig
 from trainers.policy import full_weights, inference, unwrapped
-from trainers.processes import device
+from trainers.processes import device, summed
 from trainers.prompts import Prompt, stack_media
 
 
@@ -47,14 +53,33 @@ class Response(NamedTuple):
     finished: bool
 
 
+@dataclass
+class Draft:
+    """A response that is being sampled."""
+
+    prompt: Prompt
+    seed: int
+    token_ids: list[int] = field(default_factory=list)  # so far
+
+    def so_far(self) -> Prompt:
+        """What the model reads to go on."""
+        added = len(self.token_ids)
+        media = {
+            name: torch.nn.functional.pad(value, (0, added)) if self.prompt.is_per_token(value) else value
+            for name, value in self.prompt.media.items()
+        }
+        return Prompt([*self.prompt.token_ids, *self.token_ids], media)
+
+
 class SeededSampler(LogitsProcessor):
     """Leaves one token of each row: the one in which that row's next uniform number falls, by inverse CDF."""
 
-    def __init__(self, seeds: Sequence[int], sampling: Sampling, prompt_length: int, max_tokens: int) -> None:
-        draws = [torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    def __init__(self, drafts: Sequence[Draft], sampling: Sampling, width: int, max_tokens: int) -> None:
+        draws = [torch.rand(max_tokens, generator=torch.Generator().manual_seed(draft.seed)) for draft in drafts]
         self.uniforms = torch.stack(draws).to(device())  # (B, max_tokens)
+        begun = torch.tensor([len(draft.token_ids) for draft in drafts], device=device())
+        self.positions = begun[:, None] - width  # (B, 1), of the token after one that ends at 0
         self.sampling = sampling
-        self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`scores` (B, V) with -inf for all but the sampled token."""
@@ -64,10 +89,30 @@ class SeededSampler(LogitsProcessor):
             s = self.sampling
             log_q = truncated_log_softmax(scores.float(), s.temperature, top_k=s.top_k, top_p=s.top_p)
             mass = log_q.exp().double().cumsum(-1)
-            at = input_ids.shape[1] - self.prompt_length
-            uniform = self.uniforms[:, at : at + 1].double()
+            at = (self.positions + input_ids.shape[1]).clamp(max=self.uniforms.shape[1] - 1)
+            uniform = self.uniforms.gather(1, at).double()
             chosen = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+class Waste(StoppingCriteria):
+    """Ends a batch once rows that have ended took as many steps as there are tokens to read again without them.
+
+    Whatever the lengths turn out to be, no more than twice the least work is then done.
+    """
+
+    def __init__(self, drafts: Sequence[Draft], eos: Sequence[int], width: int, max_tokens: int) -> None:
+        self.eos = torch.tensor(eos, device=device())
+        self.last = torch.tensor([width + max_tokens - len(draft.token_ids) for draft in drafts], device=device())
+        self.ended = torch.zeros(len(drafts), dtype=torch.bool, device=device())
+        self.wasted = torch.zeros((), dtype=torch.int64, device=device())
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """(B,) which rows take no further token."""
+        self.wasted += self.ended.sum()
+        self.ended |= torch.isin(input_ids[:, -1], self.eos) | (self.last <= input_ids.shape[1])
+        again = (~self.ended).sum() * input_ids.shape[1]
+        return self.ended | (self.wasted > again)
 
 
 class Generator:
@@ -86,49 +131,53 @@ class Generator:
         """One response per prompt and seed, in their order. Processes of one run must call it with as many prompts."""
         if self.vllm is not None:
             return self.vllm(policy, prompts, seeds, sampling)
-        responses: list[Response | None] = [None] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))  # so that little is padding
+        drafts = [Draft(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        waiting = sorted(drafts, key=lambda draft: len(draft.prompt.token_ids))  # so that little is padding
+        eos = _ids(unwrapped(policy).generation_config.eos_token_id) or self.eos
+        sharded = any(isinstance(module, FSDPModule) for module in policy.modules())
         with inference(policy):
-            for rows in _chunks(order, self.batch_size):
-                found = policy(self._sample, [prompts[i] for i in rows], [seeds[i] for i in rows], sampling)
-                for row, response in zip(rows, found, strict=True):
-                    responses[row] = response
-        return responses
+            while summed([len(waiting)])[0] if sharded else waiting:  # sharded weights are gathered by all processes
+                batch, waiting = waiting[: self.batch_size], waiting[self.batch_size :]
+                policy(self._go_on, batch or [Draft(prompts[0], 0)], sampling, eos, sharded)
+                waiting += [draft for draft in batch if not self._response(draft, eos)]
+        return [self._response(draft, eos) for draft in drafts]
 
-    def _sample(
-        self, model: nn.Module, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Response]:
+    def _go_on(
+        self, model: nn.Module, drafts: Sequence[Draft], sampling: Sampling, eos: list[int], sharded: bool
+    ) -> None:
+        """Sample on until all have ended, or so many that the others are better read anew."""
+        prompts = [draft.so_far() for draft in drafts]
         width = max(len(prompt.token_ids) for prompt in prompts)
         padded = [[self.pad] * (width - len(p.token_ids)) + p.token_ids for p in prompts]
         kept = [[0] * (width - len(p.token_ids)) + [1] * len(p.token_ids) for p in prompts]
-        media = stack_media(prompts, width, left=True)
-        sampler = SeededSampler(seeds, sampling, width, self.max_tokens)
         network = unwrapped(model)
         own = network.generation_config
-        eos = _ids(own.eos_token_id) or self.eos
         network.generation_config = GenerationConfig()  # of its own, generate would take what is not given below
         try:
             sequences = model.generate(
                 input_ids=torch.tensor(padded, device=device()),
                 attention_mask=torch.tensor(kept, device=device()),
-                **media,
-                logits_processor=LogitsProcessorList([sampler]),
+                **stack_media(prompts, width, left=True),
+                logits_processor=LogitsProcessorList([SeededSampler(drafts, sampling, width, self.max_tokens)]),
+                stopping_criteria=StoppingCriteriaList([Waste(drafts, eos, width, self.max_tokens)]),
                 generation_config=GenerationConfig(
-                    do_sample=False, max_new_tokens=self.max_tokens, pad_token_id=self.pad, eos_token_id=eos,
-                    suppress_tokens=_media_ids(network),
+                    do_sample=False, max_new_tokens=self.max_tokens - min(len(draft.token_ids) for draft in drafts),
+                    pad_token_id=self.pad, eos_token_id=eos, suppress_tokens=_media_ids(network),
                 ),
-                synced_gpus=any(isinstance(module, FSDPModule) for module in model.modules()),
+                synced_gpus=sharded,
             )  # fmt: skip
         finally:
             network.generation_config = own
-        return [_until_eos(row, set(eos)) for row in sequences[:, width:].tolist()]
+        for draft, added in zip(drafts, sequences[:, width:].tolist(), strict=True):
+            draft.token_ids += added
 
-
-def _until_eos(token_ids: list[int], eos: set[int]) -> Response:
-    for position, token in enumerate(token_ids):
-        if token in eos:
-            return Response(token_ids[: position + 1], True)
-    return Response(token_ids, False)
+    def _response(self, draft: Draft, eos: Sequence[int]) -> Response | None:
+        """The draft as a response, if it has ended."""
+        found = draft.token_ids[: self.max_tokens]
+        for position, token in enumerate(found):
+            if token in eos:
+                return Response(found[: position + 1], True)
+        return Response(found, False) if len(found) == self.max_tokens else None
 
 
 def _ids(value: int | list[int] | None) -> list[int]:
@@ -139,11 +188,6 @@ def _media_ids(model: nn.Module) -> list[int] | None:
     """Tokens that stand for images and videos: said in a response they would ask for one that is not there."""
     names = ("image_token_id", "video_token_id")
     return [getattr(model.config, name) for name in names if hasattr(model.config, name)] or None
-
-
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 class _VLLM:

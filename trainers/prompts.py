@@ -30,6 +30,10 @@ class Prompt(NamedTuple):
     token_ids: list[int]
     media: dict[str, Tensor]
 
+    def is_per_token(self, value: Tensor) -> bool:
+        """Whether an entry of `media` says something of each token."""
+        return value.shape == (1, len(self.token_ids))
+
 
 class Batch(NamedTuple):
     """Prompts and responses, padded on the right. `predicts` indexes the flattened (B L) positions of which the next
@@ -147,7 +151,7 @@ def stack_media(prompts: Sequence[Prompt], length: int, left: bool) -> dict[str,
     A per-token entry that some prompts have is 0 for those that are text alone.
     """
     media: dict[str, list[Tensor]] = {}
-    per_token = {n: v for prompt in prompts for n, v in prompt.media.items() if v.shape == (1, len(prompt.token_ids))}
+    per_token = {n: v for prompt in prompts for n, v in prompt.media.items() if prompt.is_per_token(v)}
     for prompt in prompts:
         missing = length - len(prompt.token_ids)
         absent = {name: value.new_zeros(1, len(prompt.token_ids)) for name, value in per_token.items()}

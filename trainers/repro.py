@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ssd = ssd_runs(folder / "ssd", TEMPERATURES[1:4:2], [0], problems=120)
     else:
         rlsd = rlsd_runs(folder / "rlsd", METHODS, range(3), steps=100)
-        ssd = ssd_runs(folder / "ssd", TEMPERATURES, range(3), problems=1000)
+        ssd = ssd_runs(folder / "ssd", TEMPERATURES, range(3), problems=200)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "machine.json").exists():
         write_json(folder / "machine.json", machine())

@@ -41,6 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trainers.code_verifier import must_be_used, parameters, verify
+from trainers.muon import Muon
 from trainers.testbeds import IGNORED, pretrain
 
 EOS = "<eos>"
@@ -48,7 +49,7 @@ MAX_LEVEL, MAX_CHARACTERS, MAX_STRING, MAX_TOKENS = 8, 500, 12, 112  # of a func
 MAX_PENDING, MAX_REFERENCE = 2, 32  # names that a held-out prompt leaves to be used, tokens of the library's own answer
 PARTS = {"eval": 32, "prompts": 72, "pretrain": 256}  # where each part's hash values end
 EXCLUDED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "ensurepip", "turtledemo", "tkinter", "encodings"}
-VOCABULARY, BATCH_TOKENS, EPOCHS, RENAMED_SHARE = 2048, 1024, 10, 0.67
+VOCABULARY, BATCH_TOKENS, EPOCHS, RENAMED_SHARE = 2048, 1024, 6, 0.67
 LEARNING_RATE, WARMUP_STEPS = 0.02, 40
 OPTIONS: dict[str, str] = {}
 
@@ -189,11 +190,11 @@ def variables(text: str) -> list[str]:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A randomly initialised Qwen3 of 1,050,000 parameters, embeddings tied."""
+    """A randomly initialised Qwen3 of 706,000 parameters, embeddings tied."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
             num_attention_heads=2, num_key_value_heads=1, head_dim=64, max_position_embeddings=256,
             tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0,
         )
@@ -228,7 +229,7 @@ def make(directory: Path, seed: int = 0) -> None:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(matrices, LEARNING_RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, LEARNING_RATE),
         torch.optim.AdamW(others, LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     columns = TextColumn("stdlib testbed"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn()
