@@ -20,9 +20,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from trainers import generation
 from trainers.config import TrainerConfig
 from trainers.data import Example, seed_of
-from trainers import generation
 from trainers.generation import Draft, Generator, Response, Sampling, SeededSampler, Waste
 from trainers.policy import Policy
 from trainers.processes import device

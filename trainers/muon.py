@@ -1,6 +1,6 @@
 """Muon (Jordan et al., 2024): SGD with momentum whose updates of matrices are orthogonalised.
 
-torch.optim.Muon orthogonalises in bfloat16, which a CPU without instructions for it does 25 times slower than in float32,
+torch.optim.Muon orthogonalises in bfloat16, which a CPU without instructions for it does 25 times slower than float32,
 in which this does it, for all matrices of a shape at once.
 """
 
