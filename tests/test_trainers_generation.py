@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import no_kernel
+from ranks import results_of
 from safetensors.torch import load_file
 from tiny import save_model, tokenizer, vision_processor
 from transformers import (
@@ -24,7 +25,7 @@ from trainers import generation
 from trainers.config import TrainerConfig
 from trainers.data import Example, seed_of
 from trainers.generation import Draft, Generator, Response, Sampling, SeededSampler, Waste
-from trainers.policy import Policy
+from trainers.policy import Policy, wrapped
 from trainers.processes import device
 from trainers.prompts import Encoder, Prompt
 
@@ -128,6 +129,29 @@ class Scripted(SeededSampler):
         ends = [draft.seed > 0 and place >= draft.seed % 2 for draft, place in zip(self.drafts, at, strict=True)]
         chosen = torch.tensor([[OTHER if end else EOS] for end in ends], device=scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def sharded_responses(rank, directory, places):
+    """Of prompts at places[rank], from a model that FSDP2 shards, in as many rounds as there are tokens."""
+    generation.Waste = Impatient
+    config = TrainerConfig(testbed="arithmetic", fsdp=True, max_completion_length=8)
+    model = AutoModelForCausalLM.from_pretrained(directory).to(device())
+    model.generation_config.eos_token_id = list(range(20))
+    chosen = [(PROMPTS[place], SEEDS[place]) for place in places[rank]]
+    found = Generator(config, WORDS)(wrapped(model, config), *zip(*chosen, strict=True), Sampling())
+    return [tuple(response) for response in found]
+
+
+def test_processes_that_shard_a_model_sample_in_as_many_rounds(policy, configured, tmp_path):
+    """Where one has ended earlier, it goes on until the other has: weights are gathered by both."""
+    configured(eos_token_id=list(range(20)))
+    expected = generator()(policy, PROMPTS, SEEDS, Sampling())
+    order = sorted(range(len(PROMPTS)), key=lambda place: len(expected[place].token_ids))
+    places = order[:3], order[-3:]
+    assert len(expected[order[2]].token_ids) < len(expected[order[-1]].token_ids)
+    directory = save_model(tmp_path / "model", initializer_range=0.3)
+    found = results_of(sharded_responses, 2, str(directory), places)
+    assert found == [[tuple(expected[place]) for place in part] for part in places]
 
 
 @pytest.mark.parametrize("training", [True, False])
