@@ -73,7 +73,9 @@ def test_lists_in_the_file(read):
     assert read(f"eval_decodes: [{', '.join(decodes)}]", of=SSDConfig).eval_decodes == decodes
 
 
-@pytest.mark.parametrize("decode", ["hot", "1/20", "1/20/0.8/3", "1/twenty/0.8", ""])
+@pytest.mark.parametrize(
+    "decode", ["hot", "1/20", "1/20/0.8/3", "1/twenty/0.8", "", "-1", "nan", "inf", "1/-1/0.8", "1/20/0", "1/20/80"]
+)
 def test_a_decode_is_a_temperature_and_maybe_filters(read, decode, capsys):
     with pytest.raises(SystemExit):
         read(f"eval_decodes: ['{decode}']", of=SSDConfig)

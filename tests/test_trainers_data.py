@@ -39,17 +39,24 @@ def load(tmp_path, monkeypatch):
     return load
 
 
-def test_a_row_becomes_an_example(load):
+def test_a_row_becomes_an_example(load, tmp_path):
+    (tmp_path / "a.png").touch()
     (first, second) = load("a.jsonl", [{**ROWS[0], "images": "a.png", "other": 1}, {"prompt": CHAT, "solutions": "4"}])
     assert first == Example("1 + 1?", "2", ("two", "it is 2"), "operator:eq", ("a.png",), "a.jsonl:1")
     assert second == Example(CHAT, None, ("4",), "operator:eq", (), "a.jsonl:2")
 
 
-def test_columns_can_have_other_names(load):
+def test_columns_can_have_other_names(load, tmp_path):
+    (tmp_path / "b.png").touch()
+    (tmp_path / "c.png").touch()
     row = {"q": "x", "a": 0, "s": ["y"], "i": ["b.png", "c.png"], "v": "python"}
     names = {"prompt_column": "q", "reference_column": "a", "solutions_column": "s", "images_column": "i"}
     (example,) = load("a.jsonl", [row], verifier_column="v", needs=["reference", "solutions"], **names)
     assert example == Example("x", 0, ("y",), "python", ("b.png", "c.png"), "a.jsonl:1")
+
+
+def user(content):
+    return [{"role": "user", "content": content}]
 
 
 def parquet(rows):
@@ -83,6 +90,27 @@ def test_a_csv_is_text(load):
     ]
 
 
+@pytest.mark.parametrize(("row", "named"), [
+    ("What is 1, or 2?,3", "more cells"), ("x", "fewer cells"), ('"never closed,1', "unexpected end"),
+    ('"x" y,1', "expected after"),
+])  # fmt: skip
+def test_a_csv_row_has_a_cell_per_column(load, row, named):
+    with pytest.raises(ValueError, match=rf"^a.csv:.*3.*{named}|^a.csv: after line \d: .*{named}"):
+        load("a.csv", f"prompt,reference\nfine,1\n{row}\n")
+
+
+@pytest.mark.parametrize("pictured", [{"images": ["a.png"]}, {"prompt": user([{"type": "image", "image": "a.png"}])}])
+def test_sharded_all_rows_have_images_or_none(load, tmp_path, monkeypatch, pictured):
+    """A vision tower's weights are gathered by all processes, so none may do without it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "a.png").touch()
+    rows = [{"prompt": "x"}, {"prompt": "x"} | pictured]
+    assert len(load("a.jsonl", rows)) == 2
+    assert len(load("a.jsonl", rows[1:], fsdp=True)) == len(load("a.jsonl", rows[:1], fsdp=True)) == 1
+    with pytest.raises(ValueError, match=r"a.jsonl: with fsdp all rows must have images, or none; 1 of 2 have"):
+        load("a.jsonl", rows, fsdp=True)
+
+
 def test_blank_lines_count_but_are_no_rows(load):
     found = load("a.jsonl", '\n  \n{"prompt": "x"}\r\n\r\n{"prompt": "y"}')
     assert [(example.prompt, example.source) for example in found] == [("x", "a.jsonl:3"), ("y", "a.jsonl:5")]
@@ -106,10 +134,6 @@ def test_a_byte_order_mark_is_no_content(load, name):
     assert example.prompt == "x"
 
 
-def user(content):
-    return [{"role": "user", "content": content}]
-
-
 @pytest.mark.parametrize(
     ("row", "named"),
     [
@@ -130,7 +154,9 @@ def user(content):
         ({"prompt": CHAT[:1]}, ["'prompt'", "user", "'system'"]),
         ({"prompt": [*user("x"), {"role": "assistant", "content": "y"}]}, ["'prompt'", "user", "'assistant'"]),
         ({"prompt": user("")}, ["'prompt'", "empty"]),
+        ({"prompt": user(" \n")}, ["'prompt'", "empty"]),
         ({"prompt": user([])}, ["'prompt'", "empty"]),
+        ({"prompt": "x", "images": ["no.png"]}, ["'images'", "no file 'no.png'"]),
         ({"prompt": user(None)}, ["'prompt'", "None"]),
         ({"prompt": user(5)}, ["'prompt'", "5"]),
         ({"prompt": "x", "solutions": 5}, ["'solutions'"]),
@@ -151,7 +177,7 @@ def test_what_is_wrong_in_a_row_is_said_with_its_place(load, row, named):
 
 
 @pytest.mark.parametrize("empty", [{}, {"reference": None, "solutions": None}, {"reference": "", "solutions": []},
-                                   {"reference": "", "solutions": ""}])  # fmt: skip
+                                   {"reference": "", "solutions": ""}, {"reference": " \n"}])  # fmt: skip
 @pytest.mark.parametrize("field", ["reference", "solutions"])
 def test_what_a_run_needs_must_be_there(load, field, empty):
     rows = [{"prompt": "x", "reference": "1", "solutions": "s"}, {"prompt": "x", **empty}]

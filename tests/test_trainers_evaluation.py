@@ -63,7 +63,7 @@ class Environment:
     def rollouts(self, policy, examples, seeds, sampling):
         self.asked += [(example.source, seed) for example, seed in zip(examples, seeds, strict=True)]
         assert (policy, sampling) == ("policy", Sampling(0.7))
-        return [SimpleNamespace(verdict=Verdict(float(seed % 3 == 0))) for seed in seeds]
+        return [SimpleNamespace(verdict=Verdict(float(seed % 3 == 0), failure="!" * (seed % 5 == 1))) for seed in seeds]
 
 
 def examples(count):
@@ -72,19 +72,21 @@ def examples(count):
 
 def counts_of(held_out, samples=6, seed=3):
     environment = Environment()
-    return correct_counts(environment, "policy", held_out, Sampling(0.7), samples, seed), environment.asked
+    counts, failed = correct_counts(environment, "policy", held_out, Sampling(0.7), samples, seed)
+    return counts, failed, environment.asked
 
 
 def test_counts_come_in_the_order_of_the_examples():
-    counts, asked = counts_of(examples(7))
+    counts, failed, asked = counts_of(examples(7))
     seeds = [[seed_of(3, f"held-out.jsonl:{i}", sample) for sample in range(6)] for i in range(1, 8)]
     assert counts == [sum(seed % 3 == 0 for seed in row) for row in seeds]
     assert len(set(counts)) > 1
+    assert failed == sum(seed % 5 == 1 for row in seeds for seed in row) > 0
     assert len(set(asked)) == 7 * 6
 
 
 def test_an_examples_count_depends_on_itself_and_the_seed():
-    (counts, _), (others, _), (seeded, _) = (
+    (counts, *_), (others, *_), (seeded, *_) = (
         counts_of(examples(7)), counts_of(examples(7)[::-1][:4]), counts_of(examples(7), seed=4),
     )  # fmt: skip
     assert others == counts[::-1][:4]
@@ -93,13 +95,13 @@ def test_an_examples_count_depends_on_itself_and_the_seed():
 
 @pytest.mark.parametrize("count", [0, 1, 2, 6, 7])
 def test_counts_of_several_processes_are_those_of_one(monkeypatch, count):
-    expected, _ = counts_of(examples(count))
+    *expected, _ = counts_of(examples(count))
     parts, sizes = [], set()
     monkeypatch.setattr(processes, "world_size", lambda: 3)
     for rank in range(3):
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(evaluation, "gathered", lambda counts: parts.extend(counts) or counts)
-        sizes.add(len(counts_of(examples(count))[1]))
+        sizes.add(len(counts_of(examples(count))[2]))
     assert len(sizes) == 1  # sampling is collective
     monkeypatch.setattr(evaluation, "gathered", lambda counts: parts)
-    assert counts_of(examples(count))[0] == expected
+    assert [*counts_of(examples(count))[:2]] == expected

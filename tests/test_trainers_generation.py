@@ -131,27 +131,42 @@ class Scripted(SeededSampler):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
-def sharded_responses(rank, directory, places):
-    """Of prompts at places[rank], from a model that FSDP2 shards, in as many rounds as there are tokens."""
+def pictured_prompts():
+    """Of text alone, then with one image and two."""
+    from PIL import Image
+
+    encode = Encoder(vision_processor(), TrainerConfig(testbed="arithmetic"))
+    pictures = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16 * (1 + i % 3), 32, 3), dtype=np.uint8))
+        for i in range(3)
+    ]
+    shown = [(), (), pictures[:1], pictures[1:]]
+    return encode, [encode(Example(TEXTS[i], "", (), "exact", tuple(images), "")) for i, images in enumerate(shown)]
+
+
+def sharded_responses(rank, directory):
+    """Of rank 0 to text, of rank 1 to images, from a model that FSDP2 shards."""
     generation.Waste = Impatient
-    config = TrainerConfig(testbed="arithmetic", fsdp=True, max_completion_length=8)
-    model = AutoModelForCausalLM.from_pretrained(directory).to(device())
-    model.generation_config.eos_token_id = list(range(20))
-    chosen = [(PROMPTS[place], SEEDS[place]) for place in places[rank]]
-    found = Generator(config, WORDS)(wrapped(model, config), *zip(*chosen, strict=True), Sampling())
+    encode, prompts = pictured_prompts()
+    config = TrainerConfig(testbed="arithmetic", fsdp=True, max_completion_length=4 + 4 * rank)
+    model = AutoModelForImageTextToText.from_pretrained(directory).to(device())
+    places = range(2 * rank, 2 * rank + 2)
+    sample = Generator(config, encode.tokenizer)
+    found = sample(wrapped(model, config), [prompts[i] for i in places], [SEEDS[i] for i in places], Sampling())
     return [tuple(response) for response in found]
 
 
-def test_processes_that_shard_a_model_sample_in_as_many_rounds(policy, configured, tmp_path):
-    """Where one has ended earlier, it goes on until the other has: weights are gathered by both."""
-    configured(eos_token_id=list(range(20)))
-    expected = generator()(policy, PROMPTS, SEEDS, Sampling())
-    order = sorted(range(len(PROMPTS)), key=lambda place: len(expected[place].token_ids))
-    places = order[:3], order[-3:]
-    assert len(expected[order[2]].token_ids) < len(expected[order[-1]].token_ids)
-    directory = save_model(tmp_path / "model", initializer_range=0.3)
-    found = results_of(sharded_responses, 2, str(directory), places)
-    assert found == [[tuple(expected[place]) for place in part] for part in places]
+def test_processes_that_shard_a_model_need_not_sample_alike(tmp_path):
+    """One has ended while the other goes on, and has no use for the vision tower."""
+    directory = save_model(tmp_path / "model", "qwen3_vl")
+    policy = Policy(AutoModelForImageTextToText.from_pretrained(directory).to(device()), bf16=False)
+    encode, prompts = pictured_prompts()
+    expected = []
+    for length, places in ((4, slice(2)), (8, slice(2, 4))):
+        sample = generator(encode.tokenizer, max_completion_length=length)
+        expected += map(tuple, sample(policy, prompts[places], SEEDS[places], Sampling()))
+    assert len(expected[0][0]) < max(len(token_ids) for token_ids, _ in expected[2:])
+    assert results_of(sharded_responses, 2, str(directory)) == [expected[:2], expected[2:]]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -322,16 +337,8 @@ def test_the_models_own_decoding_settings_do_not_count(policy, configured, chang
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.0)], ids=str)
 @pytest.mark.parametrize("waste", [Waste, Impatient])
 def test_images_do_not_depend_on_their_batch(tmp_path, sampling, waste, monkeypatch):
-    from PIL import Image
-
     model = AutoModelForImageTextToText.from_pretrained(save_model(tmp_path, "qwen3_vl")).to(device())
-    encode = Encoder(vision_processor(), TrainerConfig(testbed="arithmetic"))
-    pictures = [
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16 * (1 + i % 3), 32, 3), dtype=np.uint8))
-        for i in range(3)
-    ]
-    shown = [(), pictures[:1], pictures[:2], pictures[2:]]
-    prompts = [encode(Example(TEXTS[i], "", (), "exact", tuple(images), "")) for i, images in enumerate(shown)]
+    encode, prompts = pictured_prompts()
     one, many = (generator(encode.tokenizer, per_device_generation_batch_size=size) for size in (1, 8))
     alone = one(Policy(model, False), prompts * 2, range(8), sampling)
     monkeypatch.setattr(generation, "Waste", waste)

@@ -31,8 +31,12 @@ def right(response, reference): return response == reference
 def explained(response, reference): return Verdict(0.25, "nearly")
 def nothing(response, reference): return None
 def infinite(response, reference): return float("inf")
+class Unsayable(Exception):
+    def __str__(self): raise ValueError
 def fails(response, reference): raise KeyError("gold")
 def leaves(response, reference): sys.exit(3)
+def interrupts(response, reference): raise KeyboardInterrupt
+def unsayable(response, reference): raise Unsayable
 def hangs(response, reference): time.sleep(600)
 def hangs_in_c(response, reference): sum(iter(int, 1))
 def dies(response, reference): os.kill(os.getpid(), signal.SIGKILL)
@@ -264,6 +268,8 @@ def test_failures_cost_only_their_response(pool, own):
     bad = {
         own("fails"): "raised KeyError: 'gold'",
         own("leaves"): "raised SystemExit: 3",
+        own("interrupts"): "raised KeyboardInterrupt: ",
+        own("unsayable"): "raised Unsayable: without a message",
         own("nothing"): "raised TypeError: must be real number, not NoneType",
         own("hangs"): "took longer than 2 s",
         own("hangs_in_c"): "took longer than 2 s",

@@ -27,6 +27,7 @@ from trainers.config import TrainerConfig
 from trainers.data import seed_of
 from trainers.generation import Generator, Sampling
 from trainers.policy import Policy
+from trainers.processes import device
 from trainers.prompts import Prompt
 from trainers.testbeds import IGNORED, pretrain
 from trainers.verifiers import exact
@@ -140,7 +141,7 @@ def make(directory: Path, seed: int = 0, max_steps: int = 2000) -> None:
     """
     rng = random.Random(seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, seed)
+    model = build_model(tokenizer, seed).to(device())
     problems = draw_problems(4096 + 512, random.Random(seed_of(seed, "problems")))
     columns = TextColumn("arithmetic testbed"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn()
     rate = 0.0

@@ -64,7 +64,9 @@ class TrainerConfig:
     verifier_column: str = option("verifier", "column of a verifier per row; need not exist")
     as_chat: bool = option(False, "make prompts that are text one user turn of the model's chat template")
     system_prompt: str | None = option(None, "first turn of chats that have no system turn")
-    max_prompt_length: int | None = option(None, "prompts of more tokens are left out, counted and reported", least=1)
+    max_prompt_length: int | None = option(
+        None, "training prompts of more tokens are left out, counted and reported", least=1
+    )
     max_completion_length: int = option(512, "tokens a response may have, EOS included", least=1)
 
     verifier: str = option("numeric", "exact, numeric, python, or your.module:function, for rows that name none")

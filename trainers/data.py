@@ -27,6 +27,12 @@ class Example:
     images: tuple[Any, ...]  # PIL images or paths
     source: str  # "train.jsonl:17", for messages
 
+    def has_images(self) -> bool:
+        """In the column of images, or in the chat."""
+        turns = [turn["content"] for turn in self.prompt] if isinstance(self.prompt, list) else []
+        parts = [part for content in turns if isinstance(content, list) for part in content]
+        return bool(self.images) or any(part.get("type") == "image" for part in parts if isinstance(part, dict))
+
 
 def seed_of(*parts: int | str) -> int:
     """A seed that depends on all parts and on nothing else."""
@@ -63,6 +69,11 @@ def load_examples(
     examples = [_example(config, row, source, needs, verified) for row, source in _rows(config, name, split)]
     if not examples:
         raise InputError(f"{name} has no rows")
+    pictured = [example for example in examples if example.has_images()]
+    if config.fsdp and 0 < len(pictured) < len(examples):  # a vision tower is gathered by all processes or by none
+        raise InputError(
+            f"{name}: with fsdp all rows must have images, or none; {len(pictured)} of {len(examples)} have"
+        )
     for verifier, source in {example.verifier: example.source for example in reversed(examples)}.items():
         try:
             load_verifier(verifier)  # an unknown one is an error here, not a reward of 0 later
@@ -91,9 +102,14 @@ def _rows(config: TrainerConfig, name: str, split: str) -> Iterator[tuple[dict[s
         return
     if path.suffix == ".csv":  # datasets would make numbers of texts, 7 of 007, and nothing of NA
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
+            reader = csv.DictReader(lines, strict=True)
             try:
                 for row in reader:
+                    if None in row or None in row.values():
+                        cells = "more" if None in row else "fewer"
+                        raise InputError(
+                            f"{name}:{reader.line_num}: {cells} cells than the {len(reader.fieldnames)} columns"
+                        )
                     yield row, f"{name}:{reader.line_num}"
             except (csv.Error, UnicodeDecodeError) as error:
                 raise InputError(f"{name}: after line {reader.line_num}: {error}") from error
@@ -143,11 +159,15 @@ def _example(config: TrainerConfig, row: dict[str, Any], source: str, needs: Seq
         source=source,
     )
     for field in {*needs, *(["reference"] if verified and example.verifier in BUILT_IN else [])}:
-        if getattr(example, field) in (None, "", (), []):
+        value = getattr(example, field)
+        if (value.strip() if isinstance(value, str) else value) in (None, "", (), []):
             wanted = getattr(config, f"{field}_column")
             raise InputError(f"{source}: no {wanted!r} ({field}_column), which this run needs")
     if any(not isinstance(solution, str) or not solution.strip() for solution in example.solutions):
         raise InputError(f"{source}: {config.solutions_column!r} must be text or a list of texts, none of them empty")
+    for image in example.images:
+        if isinstance(image, str) and "://" not in image and Path(image).suffix and not Path(image).is_file():
+            raise InputError(f"{source}: {config.images_column!r}: there is no file {image!r}")
     return example
 
 
@@ -165,6 +185,6 @@ def _prompt(prompt: Any, where: str) -> str | Chat:
     if prompt[-1]["role"] != "user":
         raise InputError(f"{where} must end with the user's turn, ends with {prompt[-1]['role']!r}")
     content = prompt[-1]["content"]
-    if not isinstance(content, str | list) or not content:
+    if not isinstance(content, str | list) or not (content.strip() if isinstance(content, str) else content):
         raise InputError(f"{where}: the user's turn must be text or a list of parts, and not empty, got {content!r}")
     return prompt

@@ -26,15 +26,23 @@ def correct_counts(
     sampling: Sampling,
     samples: int,
     seed: int,
-) -> list[int]:
-    """How many of `samples` responses to each example were rewarded, in the examples' order on every process."""
+) -> tuple[list[int], int]:
+    """How many of `samples` responses to each example were rewarded, in the examples' order; how many verifiers failed.
+
+    On every process.
+    """
     local, weights = padded_share(range(len(examples)))
     asked = [place for place in local for _ in range(samples)]
     seeds = [seed_of(seed, examples[place].source, i % samples) for i, place in enumerate(asked)]
     rollouts = environment.rollouts(policy, [examples[place] for place in asked], seeds, sampling)
-    right = [rollout.verdict.reward > 0 for rollout in rollouts]
-    counts = [(place, sum(right[i * samples : (i + 1) * samples])) for i, place in enumerate(local) if weights[i]]
-    return [count for _, count in sorted(gathered(counts))]
+    verdicts = [rollout.verdict for rollout in rollouts]
+    counts = []
+    for i, place in enumerate(local):
+        own = verdicts[i * samples : (i + 1) * samples]
+        if weights[i]:
+            counts.append((place, sum(v.reward > 0 for v in own), sum(bool(v.failure) for v in own)))
+    counts = sorted(gathered(counts))
+    return [right for _, right, _ in counts], sum(failed for _, _, failed in counts)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -1,16 +1,17 @@
 """Sampling responses, with transformers or with vLLM.
 
 A response depends on its own seed, not on the batch or the process that it is sampled in: runs on one and on several
-processes, and runs that were resumed, sample the same.
+processes, and runs that were resumed, sample the same. (In bfloat16 another batch rounds otherwise, which may turn a
+token.)
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -23,7 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from sdkernels import truncated_log_softmax
 from trainers.config import InputError, TrainerConfig
 from trainers.policy import full_weights, inference, unwrapped
-from trainers.processes import device, summed
+from trainers.processes import device
 from trainers.prompts import Prompt, stack_media
 
 
@@ -41,9 +42,14 @@ class Sampling:
         temperature, *filters = text.split("/")
         try:
             top_k, top_p = filters or ("0", "1")
-            return cls(float(temperature), int(top_k), float(top_p))
+            parsed = cls(float(temperature), int(top_k), float(top_p))
+            if not (0 <= parsed.temperature < math.inf and parsed.top_k >= 0 and 0 < parsed.top_p <= 1):
+                raise ValueError
         except ValueError:
-            raise InputError(f"a decode is temperature or temperature/top-k/top-p, got {text!r}") from None
+            raise InputError(
+                f"a decode is temperature or temperature/top-k/top-p, such as 0.7/20/0.8, got {text!r}"
+            ) from None
+        return parsed
 
 
 class Response(NamedTuple):
@@ -98,7 +104,7 @@ class SeededSampler(LogitsProcessor):
 class Waste(StoppingCriteria):
     """Ends a batch once rows that have ended took as many steps as there are tokens to read again without them.
 
-    Whatever the lengths turn out to be, no more than twice the least work is then done.
+    Whatever the lengths turn out to be, each decision to stay or to leave costs at most twice the better one.
     """
 
     def __init__(self, drafts: Sequence[Draft], eos: Sequence[int], width: int, max_tokens: int) -> None:
@@ -128,23 +134,20 @@ class Generator:
     def __call__(
         self, policy: nn.Module, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
     ) -> list[Response]:
-        """One response per prompt and seed, in their order. Processes of one run must call it with as many prompts."""
+        """One response per prompt and seed, in their order. Collective, where weights are sharded."""
         if self.vllm is not None:
             return self.vllm(policy, prompts, seeds, sampling)
         drafts = [Draft(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         waiting = sorted(drafts, key=lambda draft: len(draft.prompt.token_ids))  # so that little is padding
         eos = _ids(unwrapped(policy).generation_config.eos_token_id) or self.eos
-        sharded = any(isinstance(module, FSDPModule) for module in policy.modules())
         with inference(policy):
-            while summed([len(waiting)])[0] if sharded else waiting:  # sharded weights are gathered by all processes
+            while waiting:
                 batch, waiting = waiting[: self.batch_size], waiting[self.batch_size :]
-                policy(self._go_on, batch or [Draft(prompts[0], 0)], sampling, eos, sharded)
+                policy(self._go_on, batch, sampling, eos)
                 waiting += [draft for draft in batch if not self._response(draft, eos)]
         return [self._response(draft, eos) for draft in drafts]
 
-    def _go_on(
-        self, model: nn.Module, drafts: Sequence[Draft], sampling: Sampling, eos: list[int], sharded: bool
-    ) -> None:
+    def _go_on(self, model: nn.Module, drafts: Sequence[Draft], sampling: Sampling, eos: list[int]) -> None:
         """Sample on until all have ended, or so many that the others are better read anew."""
         prompts = [draft.so_far() for draft in drafts]
         width = max(len(prompt.token_ids) for prompt in prompts)
@@ -164,7 +167,7 @@ class Generator:
                     do_sample=False, max_new_tokens=self.max_tokens - min(len(draft.token_ids) for draft in drafts),
                     pad_token_id=self.pad, eos_token_id=eos, suppress_tokens=_media_ids(network),
                 ),
-                synced_gpus=sharded,
+                synced_gpus=False,  # by itself it would wait for other processes where a model is sharded
             )  # fmt: skip
         finally:
             network.generation_config = own

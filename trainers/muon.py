@@ -5,7 +5,6 @@ in which this does it, for all matrices of a shape at once.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +23,13 @@ class Muon(Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Update every matrix from its gradient."""
-        loss = closure() if closure else None
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every matrix that has a gradient."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
+            for parameter in (p for p in group["params"] if p.grad is not None):
                 by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5

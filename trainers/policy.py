@@ -200,10 +200,11 @@ def accumulating(policy: nn.Module, more: bool) -> AbstractContextManager[None]:
 
 @contextmanager
 def inference(policy: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; what FSDP gathers stays gathered until the end, so that each weight travels once."""
+    """No gradients, no dropout. FSDP gathers all weights first, and once: no process waits for another's forward."""
     sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_reshard_after_forward(False)
+        module.unshard()
     was_training = policy.training
     policy.eval()
     try:

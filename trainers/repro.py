@@ -10,6 +10,7 @@ one that was cut off is resumed.
 import argparse
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -98,6 +99,13 @@ def machine() -> dict[str, str]:
             platform.machine(): f"{os.cpu_count()} cores"}  # fmt: skip
 
 
+def record_machine(path: Path) -> None:
+    """Keep what is known of the machine, with every commit whose runs are in the folder."""
+    now = machine()
+    before = json.loads(path.read_text())["commit"].split(", ") if path.exists() else []
+    write_json(path, now | {"commit": ", ".join(dict.fromkeys([*before, now["commit"]]))})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, then write the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -113,8 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rlsd = rlsd_runs(folder / "rlsd", METHODS, range(3), steps=100)
         ssd = ssd_runs(folder / "ssd", TEMPERATURES, range(3), problems=200)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "machine.json").exists():
-        write_json(folder / "machine.json", machine())
+    record_machine(folder / "machine.json")
     for name in ("arithmetic", "stdlib"):
         with_testbed(TrainerConfig(testbed=name))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

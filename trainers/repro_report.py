@@ -80,10 +80,10 @@ def _rlsd(folder: Path) -> str:
     return (
         f"# RLSD and its baselines on the arithmetic testbed\n\n{_table(rows)}\n\n"
         f"Seeds: {len(series['grpo'])}; mean +- standard deviation over seeds. Reward: of one response at "
-        f"temperature 1 to each of 512 held-out questions. Entropy: nats per token, of the first step and of the last "
-        f"20, as are clipped (share of all tokens, those without advantage too) and the floor (mutual information with "
-        f"r, nats per token). The last two columns are of the responses that the last logged step trained on: right in "
-        f"every intermediate sum, and consistent, whether right or not.\n\n"
+        f"temperature 1 to each of 512 questions that this training does not see. Entropy: nats per token, of the "
+        f"first step and of the last 20, as are clipped (share of all tokens, those without advantage too) and the "
+        f"floor (mutual information with r, nats per token). The last two columns are of the responses that the last "
+        f"logged step trained on: right in every intermediate sum, and consistent, whether right or not.\n\n"
         f"![rewards, entropy, evidence, leakage](rlsd.png)\n\n"
         f"{_claims('RLSD paper (2604.03128)', claims)}\n\n{FOLLOW_UPS}"
     )
@@ -94,7 +94,7 @@ def _said(output: Path) -> tuple[float, float]:
     rows = [json.loads(line) for line in max((output / "completions").glob("*.jsonl")).read_text().splitlines()]
     valid = [row["response"] in problem_of(row["prompt"]).traces() for row in rows]
     sums = [match for row in rows if (match := OWN_SUM.search(row["response"]))]
-    return _mean(valid), _mean(match[1] == match[2] for match in sums)
+    return _mean(valid), sum(match[1] == match[2] for match in sums) / len(rows)
 
 
 def _rlsd_plot(series: Series, path: Path) -> None:
@@ -175,14 +175,14 @@ def _ssd(folder: Path) -> str:
             f"{np.ptp([p[1] for p in points]):.3f}" + (f"; the {len(apart)} pairs of equal T_eff are "
             f"{_mean(apart):.3f} apart, {max(apart):.3f} at most" if apart else ""),
     }  # fmt: skip
-    decodes = sum(key[0] == "base" for key in rate)
+    decodes, students = (sum(key[0] == model for key in rate) for model in ("base", "truncated"))
     return (
         f"# SSD on the code testbed\n\n{_table(rows)}\n\nSeeds: {len(rate[best['pass@1']]['pass@1'])}; mean +- "
         f"standard deviation over seeds; {len(difficulty[0])} held-out problems x {samples} samples. The base at its "
         f"three best decodes (T_eval/top-k/top-p) and, for every T_train, the student at its best for pass@1, for "
         f"pass@5, and at temperature 1 without truncation. Hard: the third that the base solves least, by separate "
-        f"samples. Best base: the best of {decodes} decodes for that column, on the very problems; a student's best is "
-        f"chosen alike.\n\n"
+        f"samples. Best base: the best of {decodes} decodes for that column, on the very problems; in the claims the "
+        f"student is the best of {students} pairs of T_train and decode, chosen alike.\n\n"
         f"![pass@1 against T_eff, and by decode](ssd.png)\n\n{_claims('SSD paper (2604.01193)', claims)}\n"
     )
 

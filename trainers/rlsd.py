@@ -153,7 +153,7 @@ def train(config: RLSDConfig) -> None:
             tracker.say(f"without effect on {config.method}: {', '.join(unread)}")
         evaluated = Sampling(config.eval_temperature)
         if held_out and not start:
-            tracker.log(0, {"eval/reward": environment.evaluate(policy, held_out, evaluated, config.seed)})
+            tracker.log(0, environment.evaluate(policy, held_out, evaluated, config.seed))
         for step in range(start + 1, config.max_steps + 1):
             began = time.perf_counter()
             torch.manual_seed(seed_of(config.seed, step))
@@ -171,7 +171,7 @@ def train(config: RLSDConfig) -> None:
             teacher.follow(step)
             metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
             if held_out and (step % config.eval_steps == 0 or step == config.max_steps):
-                metrics["eval/reward"] = environment.evaluate(policy, held_out, evaluated, config.seed)
+                metrics |= environment.evaluate(policy, held_out, evaluated, config.seed)
             tracker.log(step, metrics)
             if config.completions_steps and step % config.completions_steps == 0:
                 tracker.completions(step, gathered([rollout.recorded() for group in groups for rollout in group]))

@@ -86,15 +86,18 @@ class Environment:
             verdicts = [v if r.finished else cut for v, r in zip(verdicts, responses, strict=True)]
         return [Rollout(*columns) for columns in zip(examples, prompts, responses, texts, verdicts, strict=True)]
 
-    def evaluate(self, policy: nn.Module, examples: Sequence[Example], sampling: Sampling, seed: int) -> float:
-        """Mean reward of one response to each example, with the same random numbers every time."""
+    def evaluate(
+        self, policy: nn.Module, examples: Sequence[Example], sampling: Sampling, seed: int
+    ) -> dict[str, float]:
+        """Mean reward of one response to each example, with the same random numbers every time, and failures."""
         local, weights = padded_share(examples)
         seeds = [seed_of(seed, "evaluation", example.source) for example in local]
         rollouts = self.rollouts(policy, local, seeds, sampling)
-        rewards, count = summed(
-            [sum(w * r.verdict.reward for w, r in zip(weights, rollouts, strict=True)), sum(weights)]
-        )
-        return rewards / count
+        verdicts = [rollout.verdict for rollout in rollouts]
+        rewards = sum(w * verdict.reward for w, verdict in zip(weights, verdicts, strict=True))
+        failures = sum(w for w, verdict in zip(weights, verdicts, strict=True) if verdict.failure)
+        rewards, failures, count = summed([rewards, failures, sum(weights)])
+        return {"eval/reward": rewards / count, "eval/verifier_failures": failures / count}
 
 
 def summary(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:

@@ -278,10 +278,14 @@ def evaluate(
         path = folder / f"{name}-{number}.json"
         entry = {"model": name, "decode": decode, "samples": config.eval_samples, "step": step}
         if not path.exists() or not entry.items() <= json.loads(path.read_text()).items():
-            counts = correct_counts(environment, policy, examples, Sampling.parse(decode), config.eval_samples, seed)
+            right, failed = correct_counts(
+                environment, policy, examples, Sampling.parse(decode), config.eval_samples, seed
+            )
             barrier()  # all have looked for the file
+            if failed:
+                tracker.say(f"{name}, {decode}: {failed} of {len(right) * config.eval_samples} verifications failed")
             if rank() == 0:
-                write_json(path, entry | {"correct": counts})
+                write_json(path, entry | {"correct": right, "verifier_failures": failed})
     barrier()
 
 
@@ -296,21 +300,27 @@ def report(directory: Path, tracker: Tracker) -> None:
         for k in (1, 5)
     }
     decodes = [decode for model, decode, k in rates if (model, k) == ("base", 1)]
-    best = max(decodes, key=lambda decode: mean_and_error(rates["base", decode, 1]).mean)
+    best = {
+        k: max(decodes, key=lambda decode, k=k: mean_and_error(rates["base", decode, k]).mean)  # type: ignore[misc]
+        for k in (1, 5)
+    }
     rows = []
     for model, decode, k in rates:
         if k == 1 and model != "difficulty":
             row: dict[str, Any] = {"model": model, "decode": decode}
-            for name, found in (("pass@1", rates[model, decode, 1]), ("pass@5", rates[model, decode, 5])):
-                against = {"best": rates["base", best, int(name[-1])]}
-                against |= {"same": rates["base", decode, int(name[-1])]} if decode in decodes else {}
+            for k in best:
+                name, found = f"pass@{k}", rates[model, decode, k]
+                against = {"best": rates["base", best[k], k]}
+                against |= {"same": rates["base", decode, k]} if decode in decodes else {}
                 row |= {name: mean_and_error(found), f"hard {name}": mean_and_error([found[i] for i in hard])}
                 row |= {f"{name} - {which} base": paired_difference(found, base) for which, base in against.items()}
             rows.append(row)
-    write_json(directory / "report.json", {"best base decode": best, "rows": rows})
+    write_json(
+        directory / "report.json", {"best base decode": best[1], "best base decode of pass@5": best[5], "rows": rows}
+    )
     shown = ("model", "decode", "pass@1", "pass@1 - best base", "pass@1 - same base", "pass@5", "hard pass@5")
     table = [{name: row.get(name, "") for name in shown} for row in rows]
-    tracker.table(f"held-out problems; the base's best decode is {best}", table)
+    tracker.table(f"held-out problems; the base's best decode is {best[1]}", table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -42,6 +42,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trainers.code_verifier import must_be_used, parameters, verify
 from trainers.muon import Muon
+from trainers.processes import device
 from trainers.testbeds import IGNORED, pretrain
 
 EOS = "<eos>"
@@ -224,7 +225,7 @@ def make(directory: Path, seed: int = 0) -> None:
     parts = split(read_functions(Path(sysconfig.get_paths()["stdlib"])))
     tokenizer = build_tokenizer(parts["pretrain"])
     parts = {name: [t for t in texts if len(tokenizer.encode(t)) <= MAX_TOKENS] for name, texts in parts.items()}
-    model = build_model(tokenizer, seed)
+    model = build_model(tokenizer, seed).to(device())
     batches = plan(parts["pretrain"], tokenizer, rng)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]

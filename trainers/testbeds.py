@@ -60,7 +60,8 @@ def pretrain(
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * factor(step)
-        loss = model(input_ids=token_ids, labels=labels, use_cache=False).loss
+        inputs = token_ids.to(model.device), labels.to(model.device)
+        loss = model(input_ids=inputs[0], labels=inputs[1], use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

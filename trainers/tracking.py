@@ -130,7 +130,8 @@ def write_lines(path: Path, values: Sequence[Any]) -> None:
     partial.replace(path)
 
 
-# How and how long a run goes on, not what it computes: options that may be others when it is resumed.
+# How and how long a run goes on, not what it computes: options that may be others when it is resumed. (`max_steps` not
+# where the learning rate follows it.)
 FREE = {
     "output_dir", "resume", "testbed_dir", "max_steps", "save_steps", "save_total_limit", "eval_steps", "leakage_steps",
     "completions_steps", "report_to", "run_name", "fsdp", "head", "gradient_checkpointing", "verifier_workers",
@@ -151,7 +152,8 @@ def open_output(config: TrainerConfig) -> Path:
         raise InputError(f"{directory} holds a run; give --resume to go on with it, or another --output_dir")
     if stored.exists() and config.resume:
         before = json.loads(stored.read_text())
-        changed = [name for name, value in options.items() if name not in FREE and before.get(name) != value]
+        free = FREE if config.lr_scheduler_type == "constant_with_warmup" else FREE - {"max_steps"}
+        changed = [name for name, value in options.items() if name not in free and before.get(name) != value]
         if changed:
             raise InputError(
                 f"{directory} holds a run with another {', '.join(changed)}; it cannot be resumed with these"

@@ -230,8 +230,12 @@ def _verify(name: str, response: str, reference: Any) -> Verdict:
     """What a worker does."""
     try:
         return load_verifier(name)(response, reference)
-    except (Exception, SystemExit) as error:
-        return Verdict(0.0, failure=f"raised {type(error).__name__}: {_short(str(error))}")
+    except BaseException as error:  # whatever it is: KeyboardInterrupt, one that cannot be printed
+        try:
+            said = _short(str(error))
+        except Exception:
+            said = "without a message"
+        return Verdict(0.0, failure=f"raised {type(error).__name__}: {said}")
 
 
 class _Context(SpawnContext):
