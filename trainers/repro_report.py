@@ -117,7 +117,7 @@ def _rlsd_plot(series: Series, path: Path) -> None:
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    figure.suptitle("arithmetic testbed: mean over seeds, band from the least to the largest")
+    figure.suptitle("arithmetic testbed: mean and range over seeds; of what is logged at every step running means of 5")
     figure.supxlabel("step", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
