@@ -248,3 +248,42 @@ def test_the_teacher_is_in_the_checkpoint(model, tmp_path):
     saved = load_file(tmp_path / "checkpoint-3" / "teacher.safetensors")
     for name, value in trainer.teacher_model.state_dict().items():
         assert torch.equal(saved[name], value)
+
+
+def images(count=8):
+    """Chats with a picture each; the teacher's is the same one, after more words."""
+    from PIL import Image
+
+    return Dataset.from_list([
+        {
+            "prompt": [{"role": "user", "content": f"Say {i}:"}], "privileged_context": str(i),
+            "image": Image.new("RGB", (16, 16 + 16 * (i % 2)), (20 * i, 0, 0)),
+        }
+        for i in range(count)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_teacher_sees_the_students_images(same, tmp_path, monkeypatch):
+    model = tiny.save_model(tmp_path / "model", "qwen3_vl")
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda *args, **kwargs: tiny.vision_processor())
+    rows = images()
+    if same:
+        rows = rows.map(lambda row: {"teacher_prompt": row["prompt"]})
+    options = {"teacher_model_kind": "live", "max_steps": 2}
+    trainer = rlsd(model, tmp_path, rows, **options)
+    gain = max(logged(trainer, "rlsd/information_gain_abs"))
+    assert gain < 1e-5 if same else gain > 1e-2
+    if not same:
+        hosts = trained(GRPOTrainer, GRPOConfig, model, tmp_path, rows, [reward], max_steps=2)
+        mine = rlsd(model, tmp_path, rows, rlsd_lambda=0.0, **options)
+        assert apart(mine.gradients, hosts.gradients) < 2e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
+def test_other_families(family, tmp_path):
+    model = tiny.save_model(tmp_path / "model", family)
+    hosts = trained(GRPOTrainer, GRPOConfig, model, tmp_path, questions(), [reward])
+    mine = rlsd(model, tmp_path, rlsd_lambda=0.0)
+    assert apart(mine.gradients, hosts.gradients) < 2e-5
+    assert max(logged(rlsd(model, tmp_path, max_steps=1), "rlsd/information_gain_abs")) > 1e-2
