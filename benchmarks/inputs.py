@@ -165,3 +165,18 @@ def synthetic(tokens: int, vocab: int, device: torch.device) -> Inputs:
         lengths=lengths,
         rewards=rewards,
     )
+
+
+def small_model(vocab: int, size: int) -> torch.nn.Module:
+    """A Qwen3 of one layer whose logits deviate by 2.5; embeddings are frozen: their gradient is any head's."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=vocab, hidden_size=size, intermediate_size=2 * size, num_hidden_layers=1, head_dim=32,
+        num_attention_heads=size // 32, num_key_value_heads=size // 32, eos_token_id=None, pad_token_id=0,
+        bos_token_id=None, tie_word_embeddings=False,
+    ))  # fmt: skip
+    torch.nn.init.normal_(model.lm_head.weight, std=2.5 / size**0.5)
+    model.model.embed_tokens.requires_grad_(False)
+    return model
