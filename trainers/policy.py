@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
+from sdkernels.integrations.transformers import LMHead, base_of, lm_head
 from trainers.config import InputError, TrainerConfig
 from trainers.losses import Side
 from trainers.processes import device
@@ -108,7 +109,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = model.module
     if isinstance(model, Policy):
         model = model.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base_of(model)
 
 
 def response_side(model: nn.Module, batch: Batch) -> Side:
@@ -119,15 +120,12 @@ def response_side(model: nn.Module, batch: Batch) -> Side:
     return Side(output.last_hidden_state.flatten(0, 1)[batch.predicts], *head(model))
 
 
-def head(model: nn.Module) -> tuple[Tensor, Tensor | None, float | None, float]:
+def head(model: nn.Module) -> LMHead:
     """What turns hidden states into logits: weight, bias, softcap and scale."""
-    model = unwrapped(model)
-    layer = model.get_output_embeddings()
-    if type(layer) is not nn.Linear and not isinstance(layer, FSDPModule):
-        raise InputError(f"the LM head is a {type(layer).__name__}; leave it out of lora_target_modules")
-    text_config = model.config.get_text_config()
-    scale = getattr(text_config, "logit_scale", None) or 1 / (getattr(text_config, "logits_scaling", None) or 1.0)
-    return layer.weight, layer.bias, getattr(text_config, "final_logit_softcapping", None), scale
+    try:
+        return lm_head(unwrapped(model))
+    except TypeError as error:
+        raise InputError(str(error)) from error
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """From examples to token ids: chat templates, images, and the privileged prompts that only a teacher reads."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -8,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from sdkernels.integrations.prompts import PRIVILEGED_TEMPLATE, privileged_prompt
 from trainers.config import InputError, TrainerConfig
 from trainers.data import Chat, Example
 from trainers.processes import device
@@ -17,7 +17,7 @@ Privilege = Literal["answer", "solution", "rollout", "feedback"]
 Item = TypeVar("Item")
 
 PRIVILEGED_TEMPLATES: dict[str, str] = {
-    "answer": "{prompt}\n\nThe correct final answer is: {privileged}\n\nWork out your own solution that leads to it.",
+    "answer": PRIVILEGED_TEMPLATE,
     "solution": "{prompt}\n\nA correct solution:\n{privileged}\n\nNow write your own solution.",
     "rollout": "{prompt}\n\nAn earlier attempt that was right:\n{privileged}\n\nNow write your own solution.",
     "feedback": "{prompt}\n\nFeedback on an earlier attempt:\n{privileged}\n\nNow write a correct solution.",
@@ -49,23 +49,11 @@ class Batch(NamedTuple):
 
 def privileged(example: Example, kind: Privilege, text: str, template: str | None = None) -> Example:
     """The example with `text`, of the kind named, put into its last user turn."""
-    template = template or PRIVILEGED_TEMPLATES[kind]
-
-    def fill(prompt: str) -> str:  # at once: braces in the texts themselves stay
-        return re.sub(r"{(prompt|privileged)}", lambda name: {"prompt": prompt, "privileged": text}[name[1]], template)
-
-    if isinstance(example.prompt, str):
-        return replace(example, prompt=fill(example.prompt))
-    content = example.prompt[-1]["content"]
-    if isinstance(content, str):
-        turn = {**example.prompt[-1], "content": fill(content)}
-    else:  # parts: images stay where they are, the last text is filled in
-        last = max((i for i, part in enumerate(content) if part.get("type") == "text"), default=None)
-        if last is None:
-            raise InputError(f"{example.source}: the user's turn has no text to put privileged information into")
-        parts = [{**part, "text": fill(part["text"])} if i == last else part for i, part in enumerate(content)]
-        turn = {**example.prompt[-1], "content": parts}
-    return replace(example, prompt=[*example.prompt[:-1], turn])
+    try:
+        prompt = privileged_prompt(example.prompt, text, template or PRIVILEGED_TEMPLATES[kind])
+    except ValueError as error:
+        raise InputError(f"{example.source}: {error}") from error
+    return replace(example, prompt=prompt)
 
 
 class Encoder:
