@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 OUT ?= benchmarks/results
+HOST_verl := verl==0.9.1 cachetools TransferQueue
+HOST_swift := ms-swift==4.6.0 msgspec
 
-.PHONY: bench test check repro aot gpu clean
+.PHONY: bench test test-trl test-verl test-swift check repro aot gpu clean
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/bench_rlsd_loss.py $(ARGS)
@@ -12,6 +14,25 @@ bench: $(VENV)/ready
 test: $(VENV)/ready
 	$(RUN) -m pytest $(ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto $(ARGS)
+
+# Inside other trainers. verl and ms-swift want transformers of their own, and so environments of their own.
+test-trl: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto tests/test_trl_rlsd.py tests/test_trl_trainers.py tests/test_trl_distributed.py \
+		tests/test_guides.py $(ARGS)
+
+test-verl: .venv-verl/ready
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/test_verl.py tests/test_verl_engine.py $(ARGS)
+
+test-swift: .venv-swift/ready
+	OMP_NUM_THREADS=1 .venv-swift/bin/python -m pytest tests/test_swift.py $(ARGS)
+
+.venv-%/ready: pyproject.toml $(VENV)/ready
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q torch==2.13.0
+	.venv-$*/bin/python -m pip install -q "setuptools>=77"
+	.venv-$*/bin/python -m pip install -q $(HOST_$*) pytest hypothesis
+	.venv-$*/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
 
 check: $(VENV)/ready
 	$(RUN) -m ruff check .
@@ -36,7 +57,7 @@ gpu:
 	done
 
 clean:
-	rm -rf $(VENV) build *.egg-info sdkernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-verl .venv-swift build *.egg-info sdkernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and exactly, so that nothing else brings a CUDA build; Triton and Liger without their own wish for one.

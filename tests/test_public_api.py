@@ -136,7 +136,7 @@ def test_importing_has_no_side_effects():
         "import os, sys, torch\n"
         "before = dict(os.environ), torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()\n"
         "import sdkernels\n"
-        "hosts = ('transformers', 'trl', 'verl', 'liger_kernel', 'torch._inductor.compile_fx')\n"
+        "hosts = ('transformers', 'trl', 'verl', 'swift', 'accelerate', 'liger_kernel', 'torch._inductor.compile_fx')\n"
         "print(*(name for name in hosts if name in sys.modules))\n"
         "after = dict(os.environ), torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()\n"
         "same = before[0] == after[0] and torch.equal(before[1], after[1]) and before[2:] == after[2:]\n"
