@@ -22,7 +22,9 @@ def test_paths_named_in_a_document_exist(document):
 
 def test_make_verbs_named_in_documents_exist():
     verbs = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {verb for path in DOCUMENTS for verb in re.findall(r"(?:`|^)make ([a-z-]+)", path.read_text(), re.MULTILINE)}
+    named = {
+        verb for path in DOCUMENTS for verb in re.findall(r"(?:`|^)make ([a-z-]+)", path.read_text(), re.MULTILINE)
+    }
     assert named
     assert named <= verbs
 

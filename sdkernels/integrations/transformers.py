@@ -31,7 +31,7 @@ class LMHead(NamedTuple):
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
-def base_of(model: nn.Module) -> nn.Module:
+def base_of(model: Any) -> Any:
     """The transformers model inside a PEFT model; any other as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -45,13 +45,13 @@ def lm_head(model: nn.Module) -> LMHead:
     """
     from torch.distributed.fsdp import FSDPModule
 
-    model = base_of(model)
-    layer = model.get_output_embeddings()
-    if type(layer) is not nn.Linear and not isinstance(layer, FSDPModule):
+    network: Any = base_of(model)
+    layer = network.get_output_embeddings()
+    if type(layer) is not nn.Linear and not issubclass(type(layer), FSDPModule):
         raise TypeError(f"the LM head is a {type(layer).__name__}, not a Linear: leave it out of LoRA's target_modules")
     if hasattr(layer.weight, "ds_id") and layer.weight.numel() == 0:
         raise TypeError("the LM head is partitioned by DeepSpeed ZeRO-3, which gathers it in its own forward only")
-    config = model.config.get_text_config()
+    config = network.config.get_text_config()
     return LMHead(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), _logit_scale(config))
 
 

@@ -52,7 +52,8 @@ class HiddenStates(GRPOTrainer):
 
     def _run(self, model: nn.Module, inputs: dict[str, Any], function: Function) -> Any:
         """The function's results (B, T) for the completions."""
-        ids, found = inputs["completion_ids"], []
+        ids = inputs["completion_ids"]
+        found: list[Any] = []
         super()._get_per_token_logps_and_entropies(
             self._through(model, ids.shape[1], function, found),
             torch.cat((inputs["prompt_ids"], ids), dim=1),

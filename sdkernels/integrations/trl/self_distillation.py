@@ -26,6 +26,15 @@ class Distilled(NamedTuple):
 class _Fused:
     """Of either trainer: the loss is made inside the student's forward, beside the teacher's hidden states."""
 
+    args: Any
+    accelerator: Any
+    model: Any
+    teacher_model: Any
+    temperature: float
+    use_teacher_server: bool
+    _get_teacher_context_for_self_distillation: Any
+    _log_self_distillation_metric: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if getattr(self.args, "distillation_weight", 1.0) != 1.0:
@@ -74,7 +83,7 @@ class _Fused:
             per_token = per_token if token_weight is None else per_token * token_weight
             share = (1 / (lengths.clamp(min=1) * len(lengths))).unsqueeze(1).expand(keep.shape)[keep]
             return Distilled((per_token * share).sum(), per_token.detach())
-        heads = {} if own is None else {"teacher_lm_head_weight": own.weight.detach()}
+        heads: dict[str, Any] = {} if own is None else {"teacher_lm_head_weight": own.weight.detach()}
         if own is not None and own.bias is not None:
             heads["teacher_bias"] = own.bias.detach()
         reduced = {"top_k": args.distillation_topk, "tail": args.distillation_add_tail}

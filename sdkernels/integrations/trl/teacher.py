@@ -76,7 +76,7 @@ class PrivilegedTeacher(HiddenStates):
         if self.args.teacher_model_kind != "ema" or self._shadow is not None:  # adapters are saved with the model
             return
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.teacher_model, options=options)
+        weights: Any = get_model_state_dict(self.teacher_model, options=options)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()},
@@ -91,7 +91,8 @@ class PrivilegedTeacher(HiddenStates):
         if not (path.exists() if shadow is None else shadow.teacher_adapter_name in model.peft_config):
             raise FileNotFoundError(f"{path}: the checkpoint has no teacher of teacher_model_kind='ema'")
         if shadow is None:
-            set_model_state_dict(self.teacher_model, load_file(path), options=StateDictOptions(full_state_dict=True))
+            weights: Any = load_file(path)
+            set_model_state_dict(self.teacher_model, weights, options=StateDictOptions(full_state_dict=True))
             return
         from peft import get_peft_model_state_dict
 
