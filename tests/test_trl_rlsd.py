@@ -68,6 +68,19 @@ def test_without_evidence_it_is_the_hosts_grpo(options, model, tmp_path):
             assert row[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5, nan_ok=True), name
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "cispo"])
+def test_evaluation_is_the_hosts(loss_type, model, tmp_path):
+    options = {"max_steps": 1, "loss_type": loss_type, "per_device_eval_batch_size": 8}
+    found = []
+    for classes, more in (((GRPOTrainer, GRPOConfig), {}), ((RLSDTrainer, RLSDConfig), {"rlsd_lambda": 0.0})):
+        trainer = trained(*classes, model, tmp_path, questions(), [reward], **options, **more)
+        torch.manual_seed(0)
+        found.append(trainer.evaluate(questions(2)))
+    hosts, mine = found
+    for name in ("eval_loss", "eval_entropy", "eval_reward"):
+        assert mine[name] == pytest.approx(hosts[name], abs=1e-5)
+
+
 def recorded(trainer_class):
     """A trainer that keeps the batches it made losses of, the losses, and the weights of that time."""
 
