@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 OUT ?= benchmarks/results
-HOST_verl := verl==0.9.1 cachetools TransferQueue
+HOST_verl := verl==0.9.1 cachetools TransferQueue fastapi uvicorn pyzmq msgspec
 HOST_swift := ms-swift==4.6.0 msgspec
 
 .PHONY: bench test test-trl test-verl test-swift check repro aot gpu clean

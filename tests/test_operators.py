@@ -21,6 +21,13 @@ from sdkernels import (
 )
 
 B, T, V = 2, 3, 21
+UNTRACED = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def opcheck(operator, arguments, traced=True):
+    """All of opcheck; untraced, which takes a hundredth of the time, where a graph would differ in constants alone."""
+    more = {} if traced else {"test_utils": UNTRACED}
+    torch.library.opcheck(operator.default, arguments, **more)
 
 
 def problem(dtype=torch.float32, device="cpu"):
@@ -41,7 +48,7 @@ def test_row_statistics_passes_opcheck(device):
         (student.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(), mask, None, False),
     ):
         arguments = (logits, token_ids, kept, 0.7, temperature, inplace)
-        torch.library.opcheck(torch.ops.sdkernels.row_statistics.default, arguments)
+        opcheck(torch.ops.sdkernels.row_statistics, arguments)
 
 
 def test_row_gradients_pass_opcheck(device):
@@ -50,7 +57,7 @@ def test_row_gradients_pass_opcheck(device):
     upstream = torch.randn(2, B, T, device=device)
     arguments = (student, token_ids, mask, 0.7, None, *statistics, *upstream)
     for operator in (torch.ops.sdkernels.row_gradient, torch.ops.sdkernels.row_gradient_):
-        torch.library.opcheck(operator.default, arguments)
+        opcheck(operator, arguments)
 
 
 def test_rlsd_token_advantage_passes_opcheck(device):
@@ -58,7 +65,7 @@ def test_rlsd_token_advantage_passes_opcheck(device):
     tail = (mask, None, 0.7, None, 0.5, 0.8, 1.2, "all", False)
     for judge in (teacher, -torch.rand(B, T, device=device)):
         arguments = (student, judge, token_ids, advantages, *tail)
-        torch.library.opcheck(torch.ops.sdkernels.rlsd_token_advantage.default, arguments)
+        opcheck(torch.ops.sdkernels.rlsd_token_advantage, arguments)
 
 
 SUPPORTS = {  # filters, capacity, and whether larger supports are listed in part
@@ -88,7 +95,7 @@ def test_row_support_passes_opcheck(way, device):
         (logits.bfloat16(), mask, None),
     ):
         arguments = (rows, kept, 0.7, temperature, *SUPPORTS[way])
-        torch.library.opcheck(torch.ops.sdkernels.row_support.default, arguments)
+        opcheck(torch.ops.sdkernels.row_support, arguments, traced=way == "listed")
 
 
 @pytest.mark.parametrize("way", SUPPORTS)
@@ -99,14 +106,15 @@ def test_truncated_operators_pass_opcheck(way, device):
     soft, label, gradient = ops.truncated_log_softmax, ops.truncated_token_log_prob, ops.truncated_gradient
     # of a result with -inf a sum is NaN nowhere but in its gradient check, so there S is all of V
     whole = ops.row_support(logits, None, *scaling, 0, 1.0, 0.0, 0, False)
-    torch.library.opcheck(soft.default, (leaf, *scaling, *whole, torch.float32))
+    traced = way in ("listed", "unlisted")
+    opcheck(soft, (leaf, *scaling, *whole, torch.float32), traced)
     inside = ops.truncated_log_softmax(logits, *scaling, *found, torch.float32).argmax(-1)
     inside = torch.where(token_ids == -100, -100, inside)
-    torch.library.opcheck(label.default, (leaf, inside, mask, *scaling, *found))
+    opcheck(label, (leaf, inside, mask, *scaling, *found), traced)
     upstream, on_label, on_entropy = torch.randn_like(logits), torch.randn(B, T), torch.randn(B, T)
     on_label, on_entropy = on_label.to(device), on_entropy.to(device)
     for pulls in ((upstream, None, None, None), (None, inside.clamp(min=0), on_label, on_entropy)):
-        torch.library.opcheck(gradient.default, (logits, *pulls, *scaling, *found))
+        opcheck(gradient, (logits, *pulls, *scaling, *found), traced)
 
 
 @pytest.mark.parametrize("way", SUPPORTS)
@@ -118,14 +126,13 @@ def test_pair_operators_pass_opcheck(way, device):
     bases += [(None, None, None, token_ids, log_probs)] * (way == "listed")
     for logits, *support in bases:
         shared = (mask, 1.0, temperatures, *support)
-        torch.library.opcheck(torch.ops.sdkernels.pair_statistics.default, (student, logits, *shared))
-        leaf = student.clone().requires_grad_()
-        torch.library.opcheck(torch.ops.sdkernels.pair_statistics.default, (leaf, logits, *shared))
+        for rows in (student, student.clone().requires_grad_()):
+            opcheck(torch.ops.sdkernels.pair_statistics, (rows, logits, *shared), traced=way == "listed")
         statistics = torch.ops.sdkernels.pair_statistics(student, logits, *shared)
         upstream = torch.randn(4, B, T, dtype=torch.float64, device=device) * mask
         arguments = (student, logits, *shared[1:], *statistics, *upstream)
         for operator in (torch.ops.sdkernels.pair_gradient, torch.ops.sdkernels.pair_gradient_):
-            torch.library.opcheck(operator.default, arguments)
+            opcheck(operator, arguments, traced=way == "listed")
 
 
 def test_gradcheck_of_token_log_prob(device):

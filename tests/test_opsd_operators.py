@@ -7,7 +7,7 @@ import torch
 from conftest import no_kernel
 from opsd_oracles import DIVERGENCES, SOME
 from supports import few, name
-from test_operators import B, T, V, problem
+from test_operators import B, T, V, opcheck, problem
 
 from sdkernels import opsd_decomposition, opsd_loss
 from sdkernels.rows.reduced import top_ids
@@ -31,17 +31,18 @@ def time_major(x):
 def test_row_divergence_and_its_gradient_pass_opcheck(clip, divergence, device):
     options = (divergence["divergence"], divergence.get("beta", 0.5), clip)
     every = itertools.product((torch.clone, time_major), (False, True), (False, True))
-    for layout, kept, tempered in few(every, 3):
+    for i, (layout, kept, tempered) in enumerate(few(every, 3)):
+        traced = i == 0
         student, teacher, mask, temperatures = sides(device, layout)
         scaling = (1.0, temperatures) if tempered else (0.7, None)
         given = (student, teacher.bfloat16() if kept else teacher, mask if kept else None, *scaling, *options)
-        torch.library.opcheck(OPS.row_divergence.default, given)
+        opcheck(OPS.row_divergence, given, traced)
         student = student.detach()
         _, *statistics = OPS.row_divergence(student, *given[1:])
         upstream = torch.randn(B, T, dtype=torch.float64, device=device) * mask
         for operator in (OPS.divergence_gradient, OPS.divergence_gradient_):
-            torch.library.opcheck(operator.default, (student, given[1], *scaling, *options, *statistics, upstream))
-        torch.library.opcheck(OPS.row_divergence.default, (student.requires_grad_(), *given[1:], *statistics[1:]))
+            opcheck(operator, (student, given[1], *scaling, *options, *statistics, upstream), traced)
+        opcheck(OPS.row_divergence, (student.requires_grad_(), *given[1:], *statistics[1:]), traced)
 
 
 @pytest.mark.parametrize("tail", [False, True])
@@ -51,15 +52,15 @@ def test_reduced_rows_and_their_gradient_pass_opcheck(layout, by_teacher, tail, 
     student, teacher, mask, temperatures = sides(device, layout)
     every = torch.ones_like(mask)
     every_way = ((mask, 5, (1.0, temperatures)), (None, 5, (0.7, None)), (None, V - 1, (0.7, None)))
-    for kept, places, scaling in few(every_way):
+    for i, (kept, places, scaling) in enumerate(few(every_way)):
         ids = top_ids(teacher if by_teacher else student.detach(), every if kept is None else kept, places)
         arguments = (teacher, ids, by_teacher, tail, kept, *scaling)
-        torch.library.opcheck(OPS.reduced_rows.default, (student, *arguments))
+        opcheck(OPS.reduced_rows, (student, *arguments), traced=i == 0)
         plain = student.detach()
         _, _, *sums = OPS.reduced_rows(plain, *arguments)[:4]
         upstream = torch.randn(B, T, places + 1, device=device)
         for operator in (OPS.reduced_gradient, OPS.reduced_gradient_):
-            torch.library.opcheck(operator.default, (plain, ids, *scaling, *sums, upstream))
+            opcheck(operator, (plain, ids, *scaling, *sums, upstream), traced=i == 0)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -69,9 +70,9 @@ def test_row_information_passes_opcheck(samples, device):
     for kept, scaling in ((None, (0.7, None)), (mask, (1.0, temperatures))):
         for each in (teachers, teachers.transpose(1, 2).contiguous().transpose(1, 2), teachers.bfloat16()):
             given = (student.detach(), each, kept, *scaling)
-            torch.library.opcheck(OPS.row_information.default, given)
+            opcheck(OPS.row_information, given, traced=each is teachers)
             sums = torch.rand(2, samples + 1, B, T, device=device)
-            torch.library.opcheck(OPS.row_information.default, (*given, sums[0].double(), sums[1]))
+            opcheck(OPS.row_information, (*given, sums[0].double(), sums[1]), traced=each is teachers)
 
 
 @no_kernel
