@@ -12,7 +12,7 @@ from trl_runs import ONLINE, apart, questions, reward, trained
 
 pytest.importorskip("trl")
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, TrlParser
@@ -149,6 +149,52 @@ def test_a_teacher_that_reads_the_students_prompt_has_no_evidence(model, tmp_pat
     assert max(logged(trainer, "rlsd/evidence_clipped_above")) == 0
 
 
+def other_weights(model, peft_config):
+    """What is in the directory, moved; under LoRA with adapters that are not new."""
+    torch.manual_seed(1)
+    moved = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        moved.lm_head.weight.add_(torch.randn_like(moved.lm_head.weight))
+    return get_peft_model(moved, peft_config) if peft_config else moved
+
+
+@pytest.mark.parametrize("kind", ["base", "ema"])
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "LoRA"])
+def test_a_teacher_starts_from_the_policys_weights(kind, peft_config, model, tmp_path):
+    """Not from those on disk, nor from an empty adapter; and it has no dropout."""
+    rows = Dataset.from_list([{"prompt": row["prompt"], "teacher_prompt": row["prompt"]} for row in questions()])
+    if peft_config and kind == "ema":
+        peft_config = LoraConfig(**LORA.to_dict() | {"init_lora_weights": False, "lora_dropout": 0.0})
+    trainer = rlsd(other_weights(model, peft_config), tmp_path, rows, teacher_model_kind=kind, max_steps=1)
+    assert max(logged(trainer, "rlsd/information_gain_abs")) < 1e-5
+
+
+def test_truncated_completions_keep_the_others_advantages(model, tmp_path):
+    """As many tokens as sequences, all in one of them: advantages are of sequences all the same."""
+    batch = {
+        "prompt_ids": torch.tensor([[8, 9], [8, 9]]), "prompt_mask": torch.ones(2, 2, dtype=torch.long),
+        "completion_ids": torch.tensor([[10, 11], [12, 13]]), "completion_mask": torch.tensor([[1, 1], [0, 0]]),
+        "advantages": torch.tensor([1.0, -1.0]), "num_items_in_batch": torch.tensor(2.0),
+    }  # fmt: skip
+    for loss_type in ("dapo", "grpo", "bnpo", "dr_grpo"):
+        losses = []
+        for classes, more in (((GRPOTrainer, GRPOConfig), {}), ((RLSDTrainer, RLSDConfig), {"rlsd_lambda": 0.0})):
+            config = classes[1](output_dir=str(tmp_path), **ONLINE, loss_type=loss_type, **more)
+            trainer = classes[0](str(model), reward, args=config, train_dataset=questions())
+            trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
+            losses.append(trainer._compute_loss(trainer.model.train(), dict(batch)).item())
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+        assert abs(losses[0]) > 0.01
+
+
+def test_the_head_in_float32_under_autocast(model, tmp_path):
+    options = {"bf16": True, "cast_lm_head_to_fp32": True, "max_steps": 1}
+    hosts = trained(GRPOTrainer, GRPOConfig, model, tmp_path, questions(), [reward], **options)
+    mine = rlsd(model, tmp_path, rlsd_lambda=0.0, **options)
+    assert logged(mine, "entropy") == pytest.approx(logged(hosts, "entropy"), rel=1e-5)
+    assert apart(mine.gradients, hosts.gradients) < 1e-3
+
+
 def test_a_chats_teacher_reads_its_last_turn(model, tmp_path):
     chats = [
         {"prompt": [{"role": "user", "content": row["prompt"]}], "privileged_context": row["privileged_context"]}
@@ -183,8 +229,6 @@ def test_whose_weights_the_teacher_has(kind, peft_config, model, tmp_path):
     for weights in (trainer.start, trainer.model.state_dict()):  # the first step's, and the last one's
         plain = AutoModelForCausalLM.from_pretrained(model)
         if adapted:
-            from peft import get_peft_model
-
             plain = get_peft_model(plain, LORA)
         plain.load_state_dict({name: x for name, x in weights.items() if ".teacher." not in name})
         with torch.no_grad():

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from conftest import no_kernel
-from trl_runs import apart, questions, samples, trained
+from trl_runs import SMALL, apart, questions, reward, samples, trained
 
 pytest.importorskip("trl")
 from closeness import LOG_PROB_BOUND
@@ -111,6 +111,20 @@ def test_options_of_ssd_that_cannot_work(options, message, tmp_path):
         SSDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
 
 
+def test_losses_beside_the_expectation_are_refused(model, tmp_path):
+    config = SSDConfig(output_dir=str(tmp_path), **SMALL, objective="expected", label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="has no place for label_smoothing_factor"):
+        SSDTrainer(str(model), config, train_dataset=samples())
+
+
+def test_the_base_is_the_model_as_it_was_given(model, tmp_path):
+    moved = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        moved.lm_head.weight.add_(torch.randn_like(moved.lm_head.weight))
+    trainer = trained(SSDTrainer, SSDConfig, moved, tmp_path, samples(), objective="expected", max_steps=1)
+    assert abs(trainer.state.log_history[0]["ssd/base_alignment"]) < 1e-5
+
+
 MODES = {
     "forward KL": {"distillation_mode": "full_logits", "distillation_alpha": 0.0},
     "reverse KL": {"distillation_mode": "full_logits", "distillation_alpha": 1.0},
@@ -146,6 +160,28 @@ def test_self_distillation_is_trls(options, kind, model, tmp_path):
     agree(*runs)
 
 
+@pytest.mark.parametrize("kind", ["live", "base"])
+def test_sdpo_leaves_rows_out_that_have_nothing_to_learn_from(kind, model, tmp_path):
+    """Without feedback and without a successful rollout there is no demonstration."""
+    given = {"success_reward_threshold": 0.5, "teacher_model_kind": kind, **MODES["JSD"]}
+    runs = [trained(cls, sdpo.SDPOConfig, model, tmp_path, questions(), [reward], **given)
+            for cls in (SDPOTrainer, sdpo.SDPOTrainer)]  # fmt: skip
+    agree(*runs)
+
+
+def test_self_distillation_under_autocast_has_one_teacher(model, tmp_path):
+    given = {
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "teacher_model_kind": "base",
+        "bf16": True,
+        "max_steps": 1,
+    }
+    runs = [trained(cls, sdft.SDFTConfig, model, tmp_path, questions(), **given | MODES["forward KL"])
+            for cls in (SDFTTrainer, sdft.SDFTTrainer)]  # fmt: skip
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=0.02)
+
+
 def test_self_distillation_with_lora_is_trls(model, tmp_path):
     given = {"num_generations": 2, "max_completion_length": 8, "peft_config": LORA, "teacher_model_kind": "base"}
     runs = [trained(cls, sdft.SDFTConfig, model, tmp_path, questions(), **given | MODES["JSD"])
@@ -154,8 +190,6 @@ def test_self_distillation_with_lora_is_trls(model, tmp_path):
 
 
 def test_sdpo_is_trls(model, tmp_path):
-    from trl_runs import reward
-
     given = {"success_reward_threshold": 0.5, "include_environment_feedback": True}
     runs = [trained(cls, sdpo.SDPOConfig, model, tmp_path, questions(), [reward], **given | MODES["top_k"])
             for cls in (SDPOTrainer, sdpo.SDPOTrainer)]  # fmt: skip

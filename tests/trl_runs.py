@@ -2,6 +2,7 @@
 
 import copy
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -57,7 +58,7 @@ def trained(trainer_class, config_class, model, directory, dataset, rewards=(), 
     steps = Steps()
     more = {"peft_config": peft_config} if peft_config is not None else {}
     trainer = trainer_class(
-        str(model),
+        str(model) if isinstance(model, Path) else model,
         *((list(rewards),) if rewards else ()),
         args=config,
         train_dataset=dataset,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,17 @@ def padded(results: Results, keep: Tensor) -> Results:
     """Results (N,) at the kept places of (B, T), 0 elsewhere; numbers as they are."""
     places = [x if x.dim() == 0 else x.new_zeros(keep.shape).masked_scatter(keep, x) for x in results]
     return type(results)(*places)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, for a time."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class HiddenStates(GRPOTrainer):
@@ -71,10 +83,15 @@ class HiddenStates(GRPOTrainer):
                 return model(**inputs, labels=labels, fused_lm_head=fused_lm_head)
             ids = labels[:, -length:]
             keep = ids != -100
-            results = model(
-                **inputs, from_hidden=lambda hidden, head: function(hidden[:, -length - 1 : -1][keep], head, ids[keep])
-            )
-            results = padded(results, keep)
+
+            def of_completions(hidden: Tensor, head: LMHead) -> Any:
+                hidden = hidden[:, -length - 1 : -1][keep]
+                if not self.args.cast_lm_head_to_fp32:
+                    return function(hidden, head, ids[keep])
+                with torch.autocast(hidden.device.type, enabled=False):
+                    return function(hidden.float(), head, ids[keep])
+
+            results = padded(model(**inputs, from_hidden=of_completions), keep)
             found.append(results)
             names = ("log_prob", "entropy") if hasattr(results, "log_prob") else ("student_log_prob", "student_entropy")
             return FusedCausalLMOutput(log_probs=getattr(results, names[0]), entropy=getattr(results, names[1]))

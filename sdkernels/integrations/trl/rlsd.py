@@ -105,7 +105,7 @@ class RLSDTrainer(PrivilegedTeacher):
         if kwargs.get("environment_factory") is not None:
             raise ValueError("RLSDTrainer takes no environment_factory: the teacher would not see its observations")
         super().__init__(model, reward_funcs, args, **kwargs)
-        self._setup_teacher_model()
+        self._make_teacher()
         set_seed(args.seed, device_specific=True)  # as before the teacher's weights were made: GRPOTrainer's samples
         for each in (self.model, self.teacher_model, self.ref_model):
             if each is not None:
@@ -149,7 +149,7 @@ class RLSDTrainer(PrivilegedTeacher):
             and not self._entropy_bonus_enabled
             and not self.aux_loss_enabled
             and not (self.beta and self.args.use_bias_correction_kl)
-            and (delta is None or delta >= 1 + self.epsilon_high)
+            and (delta is None or delta > 1 + self.epsilon_high)
         )
 
     def _loss_in_one_call(self, model: nn.Module, inputs: dict[str, Any], teacher: Tensor | None, lam: float) -> Tensor:
@@ -174,8 +174,7 @@ class RLSDTrainer(PrivilegedTeacher):
             "normalizer": self._normalizer(inputs),
             "cu_seqlens": torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).int(),
         }
-        if advantages.dim() == 2:
-            advantages = advantages[keep]
+        advantages = (advantages if advantages.dim() == 2 else advantages.unsqueeze(1).expand(keep.shape))[keep]
 
         def loss(hidden: Tensor, head: LMHead, ids: Tensor) -> Any:
             if teacher is None:
@@ -210,12 +209,12 @@ class RLSDTrainer(PrivilegedTeacher):
     def _log(self, name: str, value: float) -> None:
         self._metrics[self._mode][name].append(value)
 
-    def _log_means(self, values: dict[str, Tensor], mask: Tensor) -> None:
+    def _log_means(self, values: dict[str, Tensor], mask: Tensor, of_none: float = 0.0) -> None:
         """Means over the tokens of all processes, in one exchange."""
         sums = torch.stack([mask.sum().double(), *((value * mask).sum().double() for value in values.values())])
         count, *totals = self.accelerator.reduce(sums.float(), reduction="sum").tolist()
         for name, total in zip(values, totals, strict=True):
-            self._log(name, total / max(count, 1.0))
+            self._log(name, total / count if count else of_none)
 
     def _log_evidence(self, found: Any, mask: Tensor) -> None:
         below, above = self.args.weighing["clip_range"]
@@ -224,7 +223,7 @@ class RLSDTrainer(PrivilegedTeacher):
             "rlsd/evidence_clipped_above": found.weight > 1 + above,
             "rlsd/information_gain_abs": found.information_gain.abs(),
         }
-        self._log_means(means, mask)
+        self._log_means(means, mask, of_none=float("nan"))  # which GRPOTrainer leaves out of its averages
 
     def _log_ratios(self, output: Any, inputs: dict[str, Any], mask: Tensor) -> None:
         """What GRPOTrainer logs of its loss, under its names."""

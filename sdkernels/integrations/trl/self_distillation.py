@@ -48,7 +48,11 @@ class _Fused:
         ids, mask = inputs["completion_ids"], inputs["completion_mask"]
         length, skipped = ids.shape[1], getattr(self, "num_loss_tokens_to_skip", 0)
         keep = (mask != 0) & (torch.arange(length, device=mask.device) >= skipped)
-        with torch.no_grad(), self._get_teacher_context_for_self_distillation():
+        taught = inputs.get("self_distillation_mask")  # SDPO's: rows that have something to learn from
+        if taught is not None:
+            keep = keep & (taught != 0).unsqueeze(1)
+        context = self._get_teacher_context_for_self_distillation()
+        with torch.no_grad(), self.accelerator.autocast(), context:
             teacher = teacher_model(
                 input_ids=inputs["teacher_input_ids"],
                 attention_mask=inputs["teacher_attention_mask"],

@@ -14,6 +14,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, use_a
 
 from sdkernels import linear_ssd_loss
 from sdkernels.integrations.transformers import LMHead, add_from_hidden, base_of, lm_head
+from sdkernels.integrations.trl.forward import without_dropout
 
 
 @dataclass
@@ -53,7 +54,7 @@ class SSDTrainer(SFTTrainer):
         kwargs: What SFTTrainer takes besides.
 
     Raises:
-        TypeError, ValueError: other args, or a `compute_loss_func`, which would see logits.
+        TypeError, ValueError: other args, or with objective "expected" a loss beside it.
 
     """
 
@@ -67,16 +68,26 @@ class SSDTrainer(SFTTrainer):
         super().__init__(model, args, **kwargs)
         if args.objective == "sampled":
             return
-        if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func and objective='expected' are two losses")
+        others = {
+            "compute_loss_func": self.compute_loss_func is not None,
+            "label_smoothing_factor": self.label_smoother is not None,
+            "MoE's auxiliary loss": self.aux_loss_enabled,
+        }
+        for name, given in others.items():
+            if given:
+                raise ValueError(f"objective='expected' has no place for {name}")
         add_from_hidden(self.model)
         self.base_model = self.model if base_of(self.model) is not self.model else self._frozen_copy()
 
     def _frozen_copy(self) -> nn.Module:
         options = dict(self.args.model_init_kwargs or {}) | {"dtype": self.model.dtype, "device_map": None}
+        options.setdefault("attn_implementation", self.model.config._attn_implementation)
+        options.setdefault("trust_remote_code", self.args.trust_remote_code)
         base = create_model_from_path(get_config_model_id(self.model.config), **options)
         add_from_hidden(base)
         base.requires_grad_(False).eval()
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            base.load_state_dict(self.model.state_dict())
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(base, self.accelerator)
         if self.is_fsdp_enabled:
@@ -93,15 +104,16 @@ class SSDTrainer(SFTTrainer):
             raise ValueError("objective='expected' makes no outputs to return: evaluate with prediction_loss_only")
         inputs = dict(inputs)
         keep = inputs.pop("labels")[:, 1:] != -100
-        with torch.no_grad(), self._without_adapters():
-            hidden = self.base_model(**inputs, from_hidden=lambda hidden, head: hidden[:, :-1][keep])
+        places = slice(-keep.shape[1] - 1, -1)  # behind a prompt that PEFT has learnt
+        with torch.no_grad(), without_dropout(self.base_model), self._without_adapters():
+            hidden = self.base_model(**inputs, from_hidden=lambda hidden, head: hidden[:, places][keep])
         base = self.accelerator.unwrap_model(self.base_model)
         own = {} if self.base_model is self.model else _named(lm_head(base))
         args = self.args
 
         def loss(student: Tensor, head: LMHead) -> Any:
             return linear_ssd_loss(
-                student[:, :-1][keep], hidden, head.weight, args.train_temperature, top_k=args.train_top_k,
+                student[:, places][keep], hidden, head.weight, args.train_temperature, top_k=args.train_top_k,
                 top_p=args.train_top_p, min_p=args.train_min_p, normalizer=num_items_in_batch, **own, **head.options,
             )  # fmt: skip
 
@@ -121,8 +133,10 @@ class SSDTrainer(SFTTrainer):
         sums = torch.stack([keep.sum().float(), *(term.detach().sum().float() for term in terms.values())])
         count, *totals = self.accelerator.reduce(sums, reduction="sum").tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
+        if not count:
+            return
         for name, total in zip(terms, totals, strict=True):
-            metrics[f"ssd/{name}"].append(total / max(count, 1.0))
+            metrics[f"ssd/{name}"].append(total / count)
 
 
 def _named(head: LMHead) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from trl.experimental.sdpo.teacher_sync import PEFTAdapterEMACallback
 from trl.trainer.utils import pad
 
 from sdkernels.integrations.prompts import privileged_prompt
-from sdkernels.integrations.trl.forward import MEDIA_PER_TOKEN, HiddenStates
+from sdkernels.integrations.trl.forward import MEDIA_PER_TOKEN, HiddenStates, without_dropout
 
 FILE = "teacher.safetensors"
 
@@ -30,8 +30,27 @@ class PrivilegedTeacher(HiddenStates):
     _use_peft_ema_teacher_adapter = SDPOTrainer._use_peft_ema_teacher_adapter
     _get_teacher_context_for_self_distillation = SDPOTrainer._get_teacher_context_for_self_distillation
 
+    def _make_teacher(self) -> None:
+        """TRL's teacher, with the policy's weights of now rather than those on disk or an adapter of zeros.
+
+        (Under FSDP and DeepSpeed a copy has those on disk.)
+        """
+        self._setup_teacher_model()
+        shadow, model = self._shadow, self.model
+        if shadow is not None:
+            from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+            shadow._initialize_teacher_adapter()
+            weights = get_peft_model_state_dict(model)
+            shadow.shadow_weights = {name: value.detach().clone() for name, value in weights.items()}
+            set_peft_model_state_dict(model, shadow.shadow_weights, adapter_name=shadow.teacher_adapter_name)
+        elif self.teacher_model is not model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.accelerator.unwrap_model(self.teacher_model).load_state_dict(model.state_dict())
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        if not self.args.rlsd_lambda:
+            return output
         ids, _, media = self._tokenize_prompts([self._teacher_prompt(row) for row in inputs])
         rows = [torch.tensor(row) for row in ids]
         sides = {
@@ -62,7 +81,7 @@ class PrivilegedTeacher(HiddenStates):
         for name in MEDIA_PER_TOKEN:
             if (types := inputs.get(f"teacher_{name}")) is not None:
                 own[name] = torch.cat((types, torch.zeros_like(inputs["completion_ids"])), dim=1)
-        with torch.no_grad(), self._get_teacher_context_for_self_distillation():
+        with torch.no_grad(), without_dropout(self.teacher_model), self._get_teacher_context_for_self_distillation():
             return self._run(self.teacher_model, inputs | own, self._scores).log_prob
 
     @property
