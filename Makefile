@@ -11,14 +11,16 @@ HOST_swift := ms-swift==4.6.0 msgspec
 bench: $(VENV)/ready
 	$(RUN) benchmarks/bench_rlsd_loss.py $(ARGS)
 
+# One process a core, each of one thread; neighbours stay together, which share models and ranks.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
+
 test: $(VENV)/ready
-	$(RUN) -m pytest $(ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto $(ARGS)
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) $(ARGS)
 
 # Inside other trainers. verl and ms-swift want transformers of their own, and so environments of their own.
 test-trl: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto tests/test_trl_rlsd.py tests/test_trl_trainers.py tests/test_trl_distributed.py \
-		tests/test_guides.py $(ARGS)
+	$(PYTEST) tests/test_trl_rlsd.py tests/test_trl_trainers.py tests/test_trl_distributed.py tests/test_guides.py $(ARGS)
 
 test-verl: .venv-verl/ready
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/test_verl.py tests/test_verl_engine.py $(ARGS)

@@ -1,5 +1,6 @@
 """Settings of the whole suite. The same tests run on the CPU (csrc), under TRITON_INTERPRET=1, and on a GPU."""
 
+import functools
 import os
 import sys
 
@@ -110,8 +111,15 @@ def _interpreter_patches_the_language_once_a_launch():
         patched.add(languages)
         return patch_lang(function)
 
+    slowly = interpreter._get_np_dtype  # which fills a dictionary of 18 each time
+    of_scalar = functools.cache(slowly)
+
+    def numpy_dtype(dtype):
+        return slowly(dtype) if isinstance(dtype.scalar, tl.pointer_type) else of_scalar(dtype.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
         patch.setattr(interpreter.GridExecutor, "__call__", launched)
         yield
 
