@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -27,6 +28,22 @@ settings.load_profile("sdkernels")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.* encountered in .*:RuntimeWarning")  # the interpreter's numpy
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.*:DeprecationWarning")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sample", type=int, default=1, help="of each test's cases run every so many, from the first on")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    step, seen, left_out = config.getoption("--sample"), Counter(), []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % step:
+            left_out.append(item)
+        seen[test] += 1
+    config.hook.pytest_deselected(items=left_out)
+    out = set(left_out)
+    items[:] = [item for item in items if item not in out]
 
 
 def pytest_report_header() -> str:
