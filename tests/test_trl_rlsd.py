@@ -280,12 +280,15 @@ def test_options_from_yaml_and_the_command_line(model, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rlsd_lambda": 1.5}, r"peak must be"),
-        ({"rlsd_clip_range": -0.1}, r"clip_range must be"),
-        ({"rlsd_apply_to": "none"}, r"apply_to must be"),
+        ({"rlsd_lambda": 1.5}, r"rlsd_lambda and its schedule: peak must be"),
+        ({"rlsd_clip_range": -0.1}, r"rlsd_clip_range or rlsd_apply_to: clip_range must be"),
+        ({"rlsd_apply_to": "none"}, r"rlsd_apply_to: apply_to must be"),
         ({"rlsd_evidence_from": "both"}, r"rlsd_evidence_from must be one of current, old, got 'both'"),
         ({"teacher_model_kind": "frozen"}, r"teacher_model_kind must be one of live, base, ema, got 'frozen'"),
-        ({"teacher_prompt_template": "{prompt}"}, r"must hold \{prompt\} and \{privileged\}"),
+        (
+            {"teacher_prompt_template": "{prompt}"},
+            r"teacher_prompt_template: .* must hold \{prompt\} and \{privileged\}",
+        ),
     ],
 )
 def test_options_that_cannot_work(options, message, tmp_path):

@@ -103,6 +103,7 @@ def test_the_expectation_is_ssd_in_float64(peft_config, padding_free, model, tmp
     ("options", "message"),
     [
         ({"objective": "mean"}, "objective must be sampled or expected, got 'mean'"),
+        ({"train_top_k": 20}, "train_top_k is of the base, which objective='sampled' does without, got 20"),
         ({"objective": "expected", "loss_type": "dft"}, "loss_type must be nll, got 'dft'"),
     ],
 )
@@ -180,6 +181,23 @@ def test_self_distillation_under_autocast_has_one_teacher(model, tmp_path):
     runs = [trained(cls, sdft.SDFTConfig, model, tmp_path, questions(), **given | MODES["forward KL"])
             for cls in (SDFTTrainer, sdft.SDFTTrainer)]  # fmt: skip
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"distillation_mode": "topk_logits", "distillation_topk": None},
+            "'topk_logits' needs distillation_topk, got None",
+        ),
+        ({"distillation_mode": "logits"}, "distillation_mode must be one of sampled_token, .*, got 'logits'"),
+        ({"distillation_mode": "full_logits", "distillation_alpha": 1.5}, r"distillation_alpha must be in \[0, 1\]"),
+    ],
+)
+def test_options_of_self_distillation_that_cannot_work(options, message, model, tmp_path):
+    config = sdft.SDFTConfig(output_dir=str(tmp_path), **SMALL, num_generations=2, **options)
+    with pytest.raises(ValueError, match=message):
+        SDFTTrainer(str(model), args=config, train_dataset=questions())
 
 
 def test_self_distillation_with_lora_is_trls(model, tmp_path):

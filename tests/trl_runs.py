@@ -41,9 +41,6 @@ class Steps(TrainerCallback):
     def __init__(self):
         self.gradients = []
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        pass
-
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 

@@ -24,6 +24,7 @@ _HOOKS = {
     "trl.trainer.utils:FusedCausalLMOutput": "loss, log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1",
     "trl.trainer.utils:_ChunkedLogProbFunction.forward":
         "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs",
+    "trl.experimental.sdpo.teacher_sync:PEFTAdapterEMACallback._initialize_teacher_adapter": "self",
     "trl.trainer.utils:pad": "tensors, padding_value, padding_side",
 }  # fmt: skip
 for _name in ("SDPO", "SDFT"):

@@ -51,10 +51,19 @@ class RLSDConfig(GRPOConfig):
     def __post_init__(self) -> None:
         """Refuse what cannot work before a model is loaded."""
         super().__post_init__()
-        self.lam(0)
         probe = torch.zeros(1)
-        evidence_weighted_advantage(probe, probe, probe, lam=self.rlsd_lambda, **self.weighing)
-        privileged_prompt("", "", self.teacher_prompt_template)
+        checks = {
+            "rlsd_lambda and its schedule": lambda: self.lam(0),
+            "rlsd_clip_range or rlsd_apply_to": lambda: evidence_weighted_advantage(
+                probe, probe, probe, **self.weighing
+            ),
+            "teacher_prompt_template": lambda: privileged_prompt("", "", self.teacher_prompt_template),
+        }
+        for name, check in checks.items():
+            try:
+                check()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         for name, known in (
             ("rlsd_evidence_from", ("current", "old")),
             ("teacher_model_kind", ("live", "base", "ema")),

@@ -12,6 +12,7 @@ from trl.experimental.sdpo.loss_utils import apply_importance_sampling_clipping
 from sdkernels import linear_opsd_loss, linear_token_log_prob
 from sdkernels.integrations.transformers import LMHead, add_from_hidden, lm_head
 
+MODES = ("sampled_token", "full_logits", "topk_logits")
 # By distillation_alpha, the weight of the teacher in the mixture; in between it is the JSD.
 DIVERGENCES = {0.0: "forward_kl", 1.0: "reverse_kl"}
 
@@ -39,6 +40,14 @@ class _Fused:
         super().__init__(*args, **kwargs)
         if getattr(self.args, "distillation_weight", 1.0) != 1.0:
             raise ValueError("distillation_weight must be 1: TRL's own SDPOTrainer mixes in a policy loss, of logits")
+        if self.args.distillation_mode == "topk_logits" and self.args.distillation_topk is None:
+            raise ValueError("distillation_mode='topk_logits' needs distillation_topk, got None")
+        if self.args.distillation_mode not in MODES:
+            raise ValueError(
+                f"distillation_mode must be one of {', '.join(MODES)}, got {self.args.distillation_mode!r}"
+            )
+        if not 0 <= self.args.distillation_alpha <= 1:
+            raise ValueError(f"distillation_alpha must be in [0, 1], got {self.args.distillation_alpha}")
         if self.use_teacher_server:
             raise ValueError("use_teacher_server scores outside this process: TRL's own trainer does it")
         for model in (self.model, self.teacher_model):

@@ -26,7 +26,7 @@ class SSDConfig(SFTConfig):
     """
 
     objective: str = field(default="sampled", metadata={"help": "sampled, or expected."})
-    train_temperature: float = field(default=1.0, metadata={"help": "T_train, of the samples and of the base."})
+    train_temperature: float = field(default=1.0, metadata={"help": "T_train, as the samples were drawn."})
     train_top_k: int | None = field(default=None, metadata={"help": "The base's truncation: its k likeliest tokens."})
     train_top_p: float | None = field(default=None, metadata={"help": "The base's truncation: its nucleus."})
     train_min_p: float | None = field(default=None, metadata={"help": "The base's truncation, beside the likeliest."})
@@ -36,6 +36,12 @@ class SSDConfig(SFTConfig):
         super().__post_init__()
         if self.objective not in ("sampled", "expected"):
             raise ValueError(f"objective must be sampled or expected, got {self.objective!r}")
+        of_base = {"train_temperature": 1.0, "train_top_k": None, "train_top_p": None, "train_min_p": None}
+        for name, default in of_base.items():
+            if self.objective == "sampled" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is of the base, which objective='sampled' does without, got {getattr(self, name)}"
+                )
         if self.objective == "expected" and self.loss_type != "nll":
             raise ValueError(
                 f"objective='expected' is a loss of its own: loss_type must be nll, got {self.loss_type!r}"
