@@ -6,7 +6,7 @@ OUT ?= benchmarks/results
 HOST_verl := verl==0.9.1 cachetools TransferQueue fastapi uvicorn pyzmq msgspec
 HOST_swift := ms-swift==4.6.0 msgspec
 
-.PHONY: bench test test-trl test-verl test-swift check repro aot gpu clean
+.PHONY: bench test test-trl test-verl test-swift check docs tables repro aot gpu clean
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/bench_rlsd_loss.py $(ARGS)
@@ -43,6 +43,15 @@ check: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.* csrc/cpu/*.*
 	$(RUN) -m mypy
+
+# The site of README and docs/, in docs/_build; a warning is an error.
+docs: $(VENV)/ready
+	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/_build
+
+# The tables of README and docs/performance.md: what works where, and benchmarks/results.
+tables: $(VENV)/ready
+	$(RUN) -m benchmarks.tables
+	PYTHONPATH=. $(RUN) tests/support_matrix.py
 
 # Both trainers on their testbeds, beside the papers' claims: runs/repro. ARGS=--quick for minutes instead of an hour.
 repro: $(VENV)/ready

@@ -213,7 +213,11 @@ def launched_by(case: Case) -> tuple[JITFunction, tuple, dict]:
 def compile_case(case: Case, target: GPUTarget) -> CompiledKernel:
     """The kernel that a launch of this case compiles on this target."""
     with mock.patch.object(layout, "WARP_SIZE", target.warp_size):
-        kernel, args, kwargs = launched_by(case)
+        return compile_launch(*launched_by(case), target)
+
+
+def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) -> CompiledKernel:
+    """The kernel that a launch compiles on this target."""
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*args, **kwargs)
