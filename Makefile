@@ -6,7 +6,7 @@ OUT ?= benchmarks/results
 HOST_verl := verl==0.9.1 cachetools TransferQueue fastapi uvicorn pyzmq msgspec
 HOST_swift := ms-swift==4.6.0 msgspec
 
-.PHONY: bench test test-trl test-verl test-swift check docs tables repro aot gpu clean
+.PHONY: bench test test-trl test-verl test-swift check docs tables package repro aot gpu clean
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/bench_rlsd_loss.py $(ARGS)
@@ -52,6 +52,15 @@ docs: $(VENV)/ready
 tables: $(VENV)/ready
 	$(RUN) -m benchmarks.tables
 	PYTHONPATH=. $(RUN) tests/support_matrix.py
+
+# Source distribution and, built from it, the abi3 wheel, into dist; then the wheel where there is no source or compiler.
+package: $(VENV)/ready
+	rm -rf dist build/clean
+	$(RUN) -m build -n -o dist . > /dev/null
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install -q torch==2.13.0
+	build/clean/bin/python -m pip install -q dist/*-abi3-*.whl
+	CC=false CXX=false build/clean/bin/python -I tests/smoke.py README.md
 
 # Both trainers on their testbeds, beside the papers' claims: runs/repro. ARGS=--quick for minutes instead of an hour.
 repro: $(VENV)/ready

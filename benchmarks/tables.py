@@ -1,7 +1,7 @@
 """The tables of README.md and docs/performance.md, made from benchmarks/results.
 
-``python -m benchmarks.tables`` rewrites what stands between the markers ``<!-- table: NAME -->`` and ``<!-- end -->`` of
-those documents. A test compares them with the results. A peer that got wrong numbers has no time to show.
+``python -m benchmarks.tables`` rewrites what stands between the markers ``<!-- table: NAME -->`` and ``<!-- end -->``
+of those documents. A test compares them with the results. A peer that got wrong numbers has no time to show.
 """
 
 from __future__ import annotations

@@ -68,6 +68,7 @@ def links_of_included(app, path, docname, content):
 
 
 def setup(app):
+    """Connect all of it."""
     app.connect("autodoc-process-docstring", plain_bars, priority=400)
     app.connect("source-read", links_of_page)
     app.connect("include-read", links_of_included)

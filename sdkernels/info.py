@@ -17,7 +17,7 @@ import sdkernels
 from sdkernels.rows import implementations
 
 HOSTS = ("transformers", "trl", "verl", "ms-swift")
-VARIABLES = ("TRITON_INTERPRET", "SDKERNELS_VALIDATE", "OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("SDKERNELS_VALIDATE", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 TOLERANCE = 1e-5  # of a row's gradient in float32, whose coefficients sum to less than 2
 
 

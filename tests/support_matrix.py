@@ -193,7 +193,9 @@ def truncating(name: str) -> str:
     found = []
     for option, value in FILTERS.items():
         if accepts(name, option):
-            run(CALLS[name], Problem(torch.float32), **({} if option == "top_k" else {"top_k": None}), **{option: value})
+            run(
+                CALLS[name], Problem(torch.float32), **({} if option == "top_k" else {"top_k": None}), **{option: value}
+            )
             found.append(option)
     if accepts(name, "base"):
         problem = Problem(torch.float32)
@@ -226,10 +228,8 @@ def rows() -> tuple[tuple[str, ...], ...]:
         (on_kernels,) = {on_cpu(name, dtype) for dtype in KERNEL_DTYPES}
         by_triton = bool(launches(name))
         devices = ("Triton", "compiles") if by_triton else (on_kernels, on_kernels)
-        body.append(
-            (f"`{name}`", on_cpu(name, torch.float64), on_kernels, *devices, truncating(name), sharded(name),
-             from_hidden(name))  # fmt: skip
-        )
+        cells = (on_cpu(name, torch.float64), on_kernels, *devices, truncating(name), sharded(name), from_hidden(name))
+        body.append((f"`{name}`", *cells))
     return (head, *body)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from closeness import assert_same_bits
 from conftest import no_kernel
+from operators import B, T, V, opcheck, problem
 
 from sdkernels import (
     evidence_weighted_advantage,
@@ -19,24 +20,6 @@ from sdkernels import (
     truncated_log_softmax,
     truncated_support,
 )
-
-B, T, V = 2, 3, 21
-UNTRACED = ("test_schema", "test_autograd_registration", "test_faketensor")
-
-
-def opcheck(operator, arguments, traced=True):
-    """All of opcheck; untraced, which takes a hundredth of the time, where a graph would differ in constants alone."""
-    more = {} if traced else {"test_utils": UNTRACED}
-    torch.library.opcheck(operator.default, arguments, **more)
-
-
-def problem(dtype=torch.float32, device="cpu"):
-    student, teacher = (torch.randn(B, T, V, dtype=dtype, device=device) * 2 for _ in range(2))
-    token_ids = nasty.ids(B * T, V, device).reshape(B, T)
-    token_ids[0, 1] = -100
-    mask = torch.ones(B, T, dtype=torch.bool, device=device)
-    mask[1, 0] = False
-    return student, teacher, token_ids, mask, torch.tensor([1.0, -2.0], dtype=dtype, device=device)
 
 
 def test_row_statistics_passes_opcheck(device):
@@ -95,7 +78,7 @@ def test_row_support_passes_opcheck(way, device):
         (logits.bfloat16(), mask, None),
     ):
         arguments = (rows, kept, 0.7, temperature, *SUPPORTS[way])
-        opcheck(torch.ops.sdkernels.row_support, arguments, traced=way == "listed")
+        opcheck(torch.ops.sdkernels.row_support, arguments)
 
 
 @pytest.mark.parametrize("way", SUPPORTS)
@@ -106,15 +89,14 @@ def test_truncated_operators_pass_opcheck(way, device):
     soft, label, gradient = ops.truncated_log_softmax, ops.truncated_token_log_prob, ops.truncated_gradient
     # of a result with -inf a sum is NaN nowhere but in its gradient check, so there S is all of V
     whole = ops.row_support(logits, None, *scaling, 0, 1.0, 0.0, 0, False)
-    traced = way in ("listed", "unlisted")
-    opcheck(soft, (leaf, *scaling, *whole, torch.float32), traced)
+    opcheck(soft, (leaf, *scaling, *whole, torch.float32))
     inside = ops.truncated_log_softmax(logits, *scaling, *found, torch.float32).argmax(-1)
     inside = torch.where(token_ids == -100, -100, inside)
-    opcheck(label, (leaf, inside, mask, *scaling, *found), traced)
+    opcheck(label, (leaf, inside, mask, *scaling, *found))
     upstream, on_label, on_entropy = torch.randn_like(logits), torch.randn(B, T), torch.randn(B, T)
     on_label, on_entropy = on_label.to(device), on_entropy.to(device)
     for pulls in ((upstream, None, None, None), (None, inside.clamp(min=0), on_label, on_entropy)):
-        opcheck(gradient, (logits, *pulls, *scaling, *found), traced)
+        opcheck(gradient, (logits, *pulls, *scaling, *found))
 
 
 @pytest.mark.parametrize("way", SUPPORTS)
@@ -127,12 +109,12 @@ def test_pair_operators_pass_opcheck(way, device):
     for logits, *support in bases:
         shared = (mask, 1.0, temperatures, *support)
         for rows in (student, student.clone().requires_grad_()):
-            opcheck(torch.ops.sdkernels.pair_statistics, (rows, logits, *shared), traced=way == "listed")
+            opcheck(torch.ops.sdkernels.pair_statistics, (rows, logits, *shared))
         statistics = torch.ops.sdkernels.pair_statistics(student, logits, *shared)
         upstream = torch.randn(4, B, T, dtype=torch.float64, device=device) * mask
         arguments = (student, logits, *shared[1:], *statistics, *upstream)
         for operator in (torch.ops.sdkernels.pair_gradient, torch.ops.sdkernels.pair_gradient_):
-            opcheck(operator, arguments, traced=way == "listed")
+            opcheck(operator, arguments)
 
 
 def test_gradcheck_of_token_log_prob(device):
@@ -205,12 +187,14 @@ COMPILED = {
     ),
 }
 
+INDUCTED = ("rlsd_loss", "ssd_loss", "opsd_loss of a top-k")  # the rest only traced, a tenth of the time
+
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_to_one_graph_that_equals_eager(name, device):
     torch._dynamo.reset()
     function = COMPILED[name]
-    compiled = torch.compile(function, fullgraph=True)
+    compiled = torch.compile(function, fullgraph=True, backend="inductor" if name in INDUCTED else "aot_eager")
     student, teacher, token_ids, mask, advantages = problem(device=device)
     old = token_log_prob(student, token_ids, 0.7, mask=mask).log_prob + 0.05
     results = []
