@@ -30,6 +30,12 @@ from sdkernels import (
 
 B, T, V = 3, 2, 9001 if INTERPRETED else 50257
 NOTES = B * T * 2048 * 8
+ROWS = [  # each dtype, and each layout
+    *((dtype, "contiguous") for dtype in nasty.DTYPES[:3]),
+    (torch.float32, "time_major"),
+    (torch.bfloat16, "padded_vocabulary"),
+    (torch.float32, "misaligned"),
+]
 
 
 def problem(dtype=torch.float32, device="cpu", layout="contiguous"):
@@ -58,8 +64,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "time_major", "padded_vocabulary", "misaligned"])
-@pytest.mark.parametrize("dtype", nasty.DTYPES[:3])
+@pytest.mark.parametrize(("dtype", "layout"), ROWS, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_forward_allocates_nothing_large_and_backward_one_gradient(name, dtype, layout):
     arguments = problem(dtype, layout=layout)
@@ -89,9 +94,8 @@ TRUNCATED = {
 }
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "time_major", "padded_vocabulary"])
 @pytest.mark.parametrize("filters", [LISTS, THRESHOLDS], ids=["lists", "thresholds"])
-@pytest.mark.parametrize("dtype", nasty.DTYPES[:3])
+@pytest.mark.parametrize(("dtype", "layout"), ROWS, ids=str)
 @pytest.mark.parametrize("name", TRUNCATED)
 def test_truncated_forward_allocates_nothing_large_and_backward_one_gradient(name, dtype, filters, layout):
     student, base, token_ids, _ = problem(dtype, layout=layout)
@@ -102,9 +106,8 @@ def test_truncated_forward_allocates_nothing_large_and_backward_one_gradient(nam
     assert allocated == [student.numel() * student.element_size()]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "time_major", "padded_vocabulary"])
 @pytest.mark.parametrize("options", opsd_oracles.SOME, ids=name)
-@pytest.mark.parametrize("dtype", nasty.DTYPES[:3])
+@pytest.mark.parametrize(("dtype", "layout"), ROWS, ids=str)
 def test_opsd_loss_allocates_nothing_large_and_backward_one_gradient(dtype, options, layout):
     student, teacher, *_ = problem(dtype, layout=layout)
     opsd_loss(student, teacher, **options)
@@ -114,8 +117,7 @@ def test_opsd_loss_allocates_nothing_large_and_backward_one_gradient(dtype, opti
     assert allocated == [student.numel() * student.element_size()]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "time_major", "padded_vocabulary"])
-@pytest.mark.parametrize("dtype", nasty.DTYPES[:3])
+@pytest.mark.parametrize(("dtype", "layout"), ROWS, ids=str)
 def test_opsd_decomposition_allocates_nothing_large(dtype, layout):
     student, teacher, *_ = problem(dtype, layout=layout)
     teachers = torch.stack([teacher, teacher * 0.5, -teacher])

@@ -3,7 +3,9 @@
 import json
 import random
 import signal
+import statistics
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +18,15 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from trainers import policy as policies
 from trainers import rlsd
-from trainers.data import load_examples
-from trainers.policy import load_model, optimizer_for, wrapped
+from trainers.data import Example, load_examples
+from trainers.generation import Response
+from trainers.policy import Policy, load_model, optimizer_for, wrapped
 from trainers.program import parse
 from trainers.prompts import Encoder, privileged
-from trainers.rlsd import DEFAULTS
-from trainers.rollouts import Environment
+from trainers.rlsd import DEFAULTS, RLSDConfig
+from trainers.rollouts import Environment, Rollout
 from trainers.teacher import Teacher, copy_of
+from trainers.verifiers import Verdict
 
 pytestmark = [no_kernel, pytest.mark.usefixtures("one_thread")]
 METHODS = sorted(DEFAULTS)
@@ -93,6 +97,51 @@ def test_teachers_follow(folder, tmp_path, teacher):
     logged = train(folder, tmp_path / "a", teacher=teacher, teacher_sync_steps=1, teacher_ema_rate=1.0, save_steps=3)
     live = train(folder, tmp_path / "b", teacher="live", save_steps=3)
     close(logged, live, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sync_steps", "expected"),
+    [
+        ("live", 0, [1, 4, 9, 16, 25, 36, 49]),
+        ("frozen", 0, [7] * 7),
+        ("frozen", 3, [7, 7, 9, 9, 9, 36, 36]),
+        ("ema", 3, [0.9**n * 7 + sum(0.1 * 0.9 ** (n - i) * i**2 for i in range(1, n + 1)) for n in range(1, 8)]),
+    ],
+)
+def test_what_a_teachers_weight_is_after_every_step(kind, sync_steps, expected):
+    """Of a policy with one weight, 7 before the first step and n^2 after the n-th."""
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    policy, weight = Policy(model, bf16=False), model.weight.detach()
+    weight.fill_(7)
+    teacher = Teacher(policy, None if kind == "live" else Policy(copy_of(model), bf16=False), kind, sync_steps, 0.1)
+    found = []
+    for step in range(1, 8):
+        weight.fill_(step**2)
+        teacher.follow(step)
+        found.append(next(teacher.network.parameters()).item())
+    assert found == pytest.approx(expected, rel=1e-14)
+
+
+REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.3, 0.9, 0.2, 0.1], [0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 1e-6]]
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_an_advantage_is_a_reward_normalised_within_its_group(scaled):
+    """RLSD Eq. 1 as its code has it: the unbiased deviation, plus 1e-6."""
+    rewards = iter([reward for of_group in REWARDS for reward in of_group])
+    examples = [Example("p", "r", (), "exact", (), f"{i}") for i in range(len(REWARDS))]
+
+    def rollouts(policy, examples, seeds, sampling):
+        return [Rollout(example, None, Response([1], True), "", Verdict(next(rewards))) for example in examples]
+
+    config = RLSDConfig(testbed="arithmetic", method="grpo", num_prompts=4, num_generations=4, scale_rewards=scaled)
+    groups = rlsd.sample(None, SimpleNamespace(rollouts=rollouts), config, examples, 1)
+    for of_group, example, group in zip(REWARDS, examples, groups, strict=True):
+        mean, spread = statistics.mean(of_group), statistics.stdev(of_group) + 1e-6 if scaled else 1.0
+        assert [rollout.example for rollout in group] == [example] * 4
+        assert [rollout.advantage for rollout in group] == pytest.approx(
+            [(reward - mean) / spread for reward in of_group], rel=1e-12, abs=1e-15
+        )
 
 
 def test_a_frozen_teacher_stays(folder, tmp_path):

@@ -8,6 +8,7 @@ import yaml
 from conftest import no_kernel
 
 from trainers.config import TrainerConfig
+from trainers.generation import Sampling
 from trainers.program import parse
 from trainers.rlsd import DEFAULTS, RLSDConfig
 from trainers.ssd import SSDConfig
@@ -74,8 +75,19 @@ def test_lists_in_the_file(read):
 
 
 @pytest.mark.parametrize(
-    "decode", ["hot", "1/20", "1/20/0.8/3", "1/twenty/0.8", "", "-1", "nan", "inf", "1/-1/0.8", "1/20/0", "1/20/80"]
-)
+    ("decode", "sampling"),
+    [("1.6/20/0.8", Sampling(1.6, 20, 0.8)), ("0.9/0/0.8", Sampling(0.9, 0, 0.8)), ("0.9/none/0.8", Sampling(0.9, 0, 0.8)),
+     ("1.0/0/1", Sampling(1.0, 0, 1.0)),
+     ("1.1", Sampling(1.1, 0, 1.0)), ("0", Sampling(0.0, 0, 1.0))],
+)  # fmt: skip
+def test_a_decode_is_read_as_ssds_tables_write_it(decode, sampling):
+    assert Sampling.parse(decode) == sampling
+
+
+@pytest.mark.parametrize("decode", [
+    "hot", "1/20", "1/20/0.8/3", "1/twenty/0.8", "", "-1", "nan", "inf", "1/-1/0.8", "1/20/0",
+    "1/20/80",
+])  # fmt: skip
 def test_a_decode_is_a_temperature_and_maybe_filters(read, decode, capsys):
     with pytest.raises(SystemExit):
         read(f"eval_decodes: ['{decode}']", of=SSDConfig)

@@ -10,9 +10,13 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from trainers.config import TrainerConfig
 from trainers.data import Example
+from trainers.generation import Response
 from trainers.policy import response_side
 from trainers.processes import device
 from trainers.prompts import PRIVILEGED_TEMPLATES, Encoder, Prompt, by_length, privileged, stack_media
+from trainers.rollouts import Rollout
+from trainers.teacher import privileges
+from trainers.verifiers import Verdict
 
 pytestmark = [no_kernel, pytest.mark.usefixtures("one_thread")]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "1+1"}]
@@ -95,6 +99,27 @@ def test_images_come_first_in_the_last_users_turn(tmp_path, prompt, sizes):
 def test_a_text_model_refuses_images_by_row(prompt):
     with pytest.raises(ValueError, match=r"a.jsonl:7 has images"):
         encoder()(example(prompt, [image(32, 32)], source="a.jsonl:7"))
+
+
+@pytest.mark.parametrize(
+    ("rewards", "of_rollouts"),
+    [
+        ([1.0, 0.0, 1.0, 1.0], ["cd", "acd", "ad", "ac"]),  # the right ones but its own
+        ([0.0, 0.5, 0.25, 0.0], ["b", "", "b", "b"]),
+        ([0.0, 0.0, 0.0, 0.0], ["", "", "", ""]),
+    ],
+)
+def test_what_a_teacher_may_be_told(rewards, of_rollouts):
+    problem = Example("1+1", 2, ("two", "1+1=2"), "exact", (), "a.jsonl:1")
+    group = [
+        Rollout(problem, None, Response([1], True), text, Verdict(reward, "" if reward == 1 else f"not {text}"))
+        for text, reward in zip("abcd", rewards, strict=True)
+    ]
+    for rollout, others, reward in zip(group, of_rollouts, rewards, strict=True):
+        assert privileges("answer", rollout, group) == ["2"]
+        assert privileges("solution", rollout, group) == ["two", "1+1=2"]
+        assert privileges("rollout", rollout, group) == list(others)
+        assert privileges("feedback", rollout, group) == ([] if reward == 1 else [f"not {rollout.text}"])
 
 
 @pytest.mark.parametrize("kind", sorted(PRIVILEGED_TEMPLATES))

@@ -38,11 +38,12 @@ class Sampling:
 
     @classmethod
     def parse(cls, text: str) -> "Sampling":
-        """As SSD's tables write it: temperature, or temperature/top-k/top-p, 0 and 1 meaning none."""
+        """As SSD's tables write it: temperature, or temperature/top-k/top-p, "none" or 0 and 1 for no filter."""
         temperature, *filters = text.split("/")
         try:
-            top_k, top_p = filters or ("0", "1")
-            parsed = cls(float(temperature), int(top_k), float(top_p))
+            top_k, top_p = filters or ("none", "none")
+            kept, mass = 0 if top_k == "none" else int(top_k), 1.0 if top_p == "none" else float(top_p)
+            parsed = cls(float(temperature), kept, mass)
             if not (0 <= parsed.temperature < math.inf and parsed.top_k >= 0 and 0 < parsed.top_p <= 1):
                 raise ValueError
         except ValueError:
