@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--vocab", type=int, default=151936, help="default: 151936")
     add("--hidden", type=int, default=256, help="default: 256")
     add("--seconds", type=float, default=20.0, help="of timing per size; default: 20, at least five rounds")
-    add_output_options(parser)
+    add_output_options(parser, plot=False)
     return parser.parse_args()
 
 

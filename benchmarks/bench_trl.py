@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=30.0, help="of timing per size; default: 30, at least 3 rounds"
     )
-    add_output_options(parser)
+    add_output_options(parser, plot=False)
     arguments = parser.parse_args()
     environment = report.environment(torch.device("cpu"), ("trl", "transformers", "accelerate"))
     with tempfile.TemporaryDirectory() as directory, report.Screen(len(arguments.tokens)) as screen:

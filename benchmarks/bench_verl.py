@@ -16,7 +16,7 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
 import sdkernels.integrations.verl  # noqa: F401  its head is one of FusedLinearForPPO's backends
 from benchmarks import report, runner
-from benchmarks.harness import DTYPES, output_path
+from benchmarks.harness import DTYPES, add_output_options, output_path
 from benchmarks.linear_peers import HeadInputs, head_inputs
 
 TEMPERATURE = 0.8
@@ -111,9 +111,7 @@ def main() -> None:
     for name, default in (("tokens", 256), ("hidden", 256), ("vocab", 151936)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing per dtype, at least three rounds")
-    parser.add_argument(
-        "--json", nargs="?", type=Path, const=True, help="write what was measured; default: in results/"
-    )
+    add_output_options(parser, plot=False)
     arguments, device = parser.parse_args(), torch.device("cpu")
     results: dict = {"environment": report.environment(device, ("verl", "tensordict"))}
     with report.Screen(len(arguments.dtype)) as screen:

@@ -165,13 +165,12 @@ class Benchmark:
         self.write(arguments, {**results, self.figures.key: numbers, "measurements": tables})
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """--json and --plot."""
-    add = parser.add_argument
-    add(
-        "--json", nargs="?", type=Path, const=True, metavar="PATH", help="write what was measured; default: in results/"
-    )
-    add("--plot", nargs="?", type=Path, const=True, metavar="PATH", help="write a PNG; default: in results/")
+def add_output_options(parser: argparse.ArgumentParser, plot: bool = True) -> None:
+    """--json, and --plot where there is something to plot."""
+    options = {"json": "what was measured", **({"plot": "a PNG"} if plot else {})}
+    for name, what in options.items():
+        parser.add_argument(f"--{name}", nargs="?", type=Path, const=True, metavar="PATH",
+                            help=f"write {what}; default: in results/")  # fmt: skip
 
 
 def output_path(option: Path | bool | None, name: str, device: torch.device, suffix: str) -> Path | None:

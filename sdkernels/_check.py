@@ -1,4 +1,7 @@
-"""Every message a user can see: arguments are checked here, before any kernel starts."""
+"""Checks of arguments, before any kernel starts: a message names the argument, what it was and what it must be.
+
+What only one function takes it checks itself, in the same words.
+"""
 
 from __future__ import annotations
 
@@ -210,11 +213,16 @@ def support_ids(name: str, value: Any, shape: Sequence[int], like: Tensor) -> Te
 
 
 def support_id_values(name: str, ids: Tensor, keep: Tensor, vocab: int) -> None:
-    """The values of a support's ids (..., K), at the kept tokens."""
+    """The values of a support's ids (..., K), at the kept tokens: in the vocabulary and distinct, or -1."""
     if values_are_checked(ids):
-        bad = keep.unsqueeze(-1) & ((ids < -1) | (ids >= vocab))
+        kept = keep.unsqueeze(-1)
+        bad = kept & ((ids < -1) | (ids >= vocab))
         if bad.any():
             raise IndexError(f"{name} must hold ids in [0, {vocab}), or -1 for none, got {ids[bad][0].item()}")
+        ordered = ids.where(kept, -1).sort(-1).values
+        again = ordered[..., 1:][(ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != -1)]
+        if again.numel() > 0:
+            raise ValueError(f"{name} must hold distinct ids, got {again[0].item()} more than once for a token")
 
 
 def normalised(name: str, log_probs: Tensor, token_ids: Tensor, keep: Tensor) -> None:
@@ -304,16 +312,17 @@ def filters(top_k: Any, top_p: Any, min_p: Any, vocab: int) -> tuple[int, float,
 
 def clip_range(value: Any) -> tuple[float, float]:
     """eps_w or (below, above), as the pair."""
+    below = above = value
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 2:
             raise ValueError(f"clip_range must be a number or a pair (below, above), got {value!r}")
         below, above = value
-    else:
-        below = above = value
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"clip_range must be a number or a pair (below, above), got {type(value).__name__}")
     return at_least("clip_range", below, 0), at_least("clip_range", above, 0)
 
 
-def above(name: str, value: Any, low: float) -> float | None:
+def optional_above(name: str, value: Any, low: float) -> float | None:
     """None, or a number > low; inf is allowed."""
     if value is None:
         return None
@@ -343,7 +352,7 @@ def cu_seqlens(value: Any, shape: Sequence[int], like: Tensor) -> Tensor | None:
         return None
     is_tensor("cu_seqlens", value)
     if value.dtype not in INDICES:
-        raise TypeError(f"cu_seqlens must be int32, got {value.dtype}")
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {value.dtype}")
     same_device("cu_seqlens", value, like)
     if len(shape) != 1:
         raise ValueError(f"cu_seqlens needs packed tokens of shape (N,), got tokens of shape {tuple(shape)}")
@@ -371,6 +380,10 @@ def reduction(value: Any, normalizer: Any, shape: Sequence[int], cu_seqlens: Ten
             raise ValueError(f"normalizer must be a number or a 0-dim tensor, got shape {tuple(normalizer.shape)}")
         same_device("normalizer", normalizer, like)
         constant("normalizer", normalizer)
+        if not torch.compiler.is_compiling() and values_are_checked(normalizer):
+            number = normalizer.item()
+            if not 0 <= number < math.inf:
+                raise ValueError(f"normalizer must be finite and > 0, or 0 where no token is kept, got {number}")
     elif not 0 < real("normalizer", normalizer) < math.inf:
         raise ValueError(f"normalizer must be finite and > 0, got {normalizer}")
 

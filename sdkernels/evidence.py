@@ -73,7 +73,8 @@ def evidence_weighted_advantage(
 ) -> EvidenceAdvantage:
     """Weigh advantages by the evidence that a privileged teacher gives for each token (RLSD, arXiv 2604.03128).
 
-    .. math::
+    ::
+
         Delta_t = log P_T(y_t) - log P_S(y_t)                           (Eq. 13, information_gain)
         w_t     = exp(sign(A) Delta_t)                                  (Eq. 14, weight)
         A_t     = A ((1 - lam) + lam clip(w_t, 1 - below, 1 + above))   (Eq. 15, advantage)
@@ -89,7 +90,8 @@ def evidence_weighted_advantage(
         lam: share of the weighted advantage, in [0, 1]; 0 gives A_t = A.
         mask: (...), kept where non-zero; a masked token's results are 0.
         credit_mask: (...); tokens where it is 0 keep A_t = A.
-        apply_to: "all", or only tokens whose advantage is "negative" or "positive"; the others keep A_t = A.
+        apply_to: "all", or only tokens whose advantage is "negative" or "positive", by each token's own sign; the
+            others keep A_t = A.
         pessimistic: min(w A, clip(w) A) in place of clip(w) A (Eq. 16).
         cu_seqlens: (S + 1,) int32, where packed sequences start and end.
 

@@ -82,7 +82,7 @@ def check_policy_options(
     _check.per_token("token_weight", options["token_weight"], shape, logits)
     _check.at_least("epsilon_low", options["epsilon_low"], 0)
     _check.at_least("epsilon_high", options["epsilon_high"], 0)
-    _check.above("dual_clip", options["dual_clip"], 1)
+    _check.optional_above("dual_clip", options["dual_clip"], 1)
     if _check.at_least("beta", options["beta"], 0) > 0 and options["reference_log_prob"] is None:
         raise ValueError(f"beta={options['beta']} needs reference_log_prob, got None")
     _check.reduction(options["reduction"], options["normalizer"], shape, cu_seqlens, logits)
@@ -137,7 +137,8 @@ def grpo_loss(
 ) -> GRPOOutput:
     """GRPO's clipped policy loss, with per-token or per-sequence advantages.
 
-    .. math::
+    ::
+
         loss_t = -min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t) token_weight_t
                  + beta (exp(d_t) - d_t - 1)
         r_t = exp(log P(y_t) - old_log_prob_t),   d_t = reference_log_prob_t - log P(y_t)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from sdkernels.families import FAMILIES, Values
 from sdkernels.first_order import first_order
@@ -64,11 +63,26 @@ def whole(value: Any) -> Any:
     return _Whole.apply(value) if hasattr(value, "full_tensor") else value
 
 
-def first_row(weight: Any, group: Any) -> int | None:
+def first_row(weight: Any, group: dist.ProcessGroup) -> int | None:
     """The first global row of this rank's part of a DTensor (V, H), sharded as it shards; None of a plain tensor."""
-    if not hasattr(weight, "to_local") or not isinstance(group, dist.ProcessGroup):
+    if not hasattr(weight, "to_local"):
         return None
     return min(group.rank() * -(-weight.shape[0] // group.size()), weight.shape[0])
+
+
+def local_rows(name: str, value: Any, group: dist.ProcessGroup) -> Any:
+    """This rank's rows of a DTensor (V, H) or (V,), which must be sharded over the group alone; else the value."""
+    if not hasattr(value, "to_local"):
+        return value
+    from torch.distributed.tensor import Shard
+
+    ranks, meshed = dist.get_process_group_ranks(group), value.device_mesh.mesh.tolist()
+    if value.placements != (Shard(0),) or meshed != ranks:
+        raise ValueError(f"{name} is a DTensor with placements {value.placements} over ranks {meshed}; with a group it "
+                         f"must have {(Shard(0),)} over the group's, {ranks}: redistribute it so, or pass this rank's "
+                         "rows as a plain tensor, with vocab_start if shards are unequal (under FSDP, inside the "
+                         "model's forward)")  # fmt: skip
+    return value.to_local()
 
 
 class _Head:
@@ -201,6 +215,8 @@ def _linear_sweep(function, hidden, weight, bias, other_hidden, other_weight, ot
     scale, softcap = values.pop("logit_scale"), values.pop("softcap")
     group = None
     if "group" in values:
+        from torch.distributed.distributed_c10d import _resolve_process_group  # which a build without them lacks
+
         group = values["group"] = _resolve_process_group(values["group"])
     keep = values["mask"]
     family, tokens = FAMILIES[function], hidden.shape[0]

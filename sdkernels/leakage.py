@@ -48,7 +48,8 @@ class Leakage(NamedTuple):
 def estimate_leakage(terms: OPSDTerms, mask: Tensor | None = None) -> Leakage:
     """Average a decomposition over the kept tokens of a batch: how much of the loss can only leak, and where.
 
-    .. math::
+    ::
+
         x = sum_t m_t x_t / sum_t m_t  for each term,   total = marginal_kl + mutual_information,
         share = mutual_information / total
 

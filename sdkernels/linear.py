@@ -26,7 +26,7 @@ from sdkernels.linear_call import Call, set_evidence, set_policy
 from sdkernels.opsd import OPSDOutput, check_opsd_options
 from sdkernels.reductions import over_tokens
 from sdkernels.rlsd import RLSDAdvantage, RLSDOutput
-from sdkernels.ssd import SSDOutput, SSDTerms, check_sparse_base
+from sdkernels.ssd import SSDOutput, SSDTerms, check_base, check_sparse_base
 from sdkernels.token_log_prob import TokenLogProb, check_replay
 from sdkernels.truncation import Support, checked_filters
 
@@ -68,8 +68,9 @@ def linear_token_log_prob(
         logit_scale: multiplies the logits before the cap.
         chunk_size: tokens at a time; None follows from a fixed number of bytes (see this module).
         group, vocab_start: as for `token_log_prob`, for a head sharded over the group: lm_head_weight and bias are this
-            rank's rows (of a DTensor its local ones), hidden states are the same on every rank, and so is their
-            gradient, which is all-reduced. One exchange of statistics a chunk; chunks are of a fixed number of tokens.
+            rank's rows (of a DTensor, Shard(0) over the group alone, its local ones), hidden states are the same on
+            every rank, and so is their gradient, which is all-reduced. One exchange of statistics a chunk; chunks are
+            of a fixed number of tokens.
 
     Returns:
         TokenLogProb(log_prob, entropy), each (...), float32 (float64 for float64), differentiable with respect to
@@ -329,6 +330,7 @@ def linear_ssd_loss(
     filters = checked_filters(top_k, top_p, min_p, call.logits, call.shard)
     call.set_temperature(temperature, cu_seqlens)
     keep = call.set_tokens(None, mask)
+    check_base(base)
     if isinstance(base, Support):
         if base_lm_head_weight is not None or base_bias is not None:
             raise ValueError("base_lm_head_weight and base_bias need a base of hidden states (..., H), got a Support")

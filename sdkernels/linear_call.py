@@ -10,11 +10,11 @@ from torch import Tensor
 from sdkernels import _check
 from sdkernels.evidence import checked_weighing
 from sdkernels.grpo import check_policy_options
-from sdkernels.head import Other, Side, first_row, fused, whole
+from sdkernels.head import Other, Side, first_row, fused, local_rows, whole
 from sdkernels.reductions import divided, over_tokens, token_factors
 from sdkernels.rows.layout import at_tokens, kept_tokens, kernel_temperature
 from sdkernels.rows.statistics import check_values
-from sdkernels.vocab_parallel import shard_of
+from sdkernels.vocab_parallel import is_group, shard_of
 
 
 class Call:
@@ -22,15 +22,15 @@ class Call:
 
     def __init__(self, name: str, hidden: Any, weight: Any, bias: Any, softcap: Any, logit_scale: Any,
                  chunk_size: Any, group: Any = None, vocab_start: Any = None) -> None:  # fmt: skip
-        self.sharded = group is not None
-        if self.sharded and vocab_start is None:
-            vocab_start = first_row(weight, group)
+        self.group = None if group is None else is_group(group)
+        if self.group is not None and vocab_start is None:
+            vocab_start = first_row(weight, self.group)
         weight, bias = self.plain(weight, bias)
         self.student = Side(*_check.head(name, hidden, weight, bias))
         hidden, weight, _ = self.student
         self.shape = hidden.shape[:-1]
         self.logits = hidden.detach().new_zeros(1).expand(*self.shape, weight.shape[0])  # stands in for checks
-        cap = _check.above("softcap", softcap, 0)
+        cap = _check.optional_above("softcap", softcap, 0)
         normal = torch.finfo(torch.float32)
         if cap is not None and cap < normal.tiny:
             raise ValueError(f"softcap must be >= {normal.tiny:.3g}, the smallest normal float32, got {softcap}")
@@ -43,11 +43,14 @@ class Call:
         if self.shard is not None:
             self.values |= {"group": self.shard.group.group_name, "vocab_start": self.shard.start}
 
-    def plain(self, weight: Any, bias: Any) -> tuple[Any, Any]:
+    def plain(self, weight: Any, bias: Any, prefix: str = "") -> tuple[Any, Any]:
         """DTensors of a head as tensors: gathered, or with a group the local part."""
-        if not self.sharded:
+        if self.group is None:
             return whole(weight), whole(bias)
-        return tuple(x.to_local() if hasattr(x, "to_local") else x for x in (weight, bias))  # type: ignore[return-value]
+        return (
+            local_rows(f"{prefix}lm_head_weight", weight, self.group),
+            local_rows(f"{prefix}bias", bias, self.group),
+        )
 
     def detach(self) -> None:
         """Let no gradient flow."""
@@ -58,7 +61,7 @@ class Call:
         """The side that gets no gradient."""
         student = self.student
         names = (name, f"{prefix}lm_head_weight", f"{prefix}bias")
-        weight, bias = self.plain(weight, bias)
+        weight, bias = self.plain(weight, bias, prefix)
         used = student.weight.detach() if weight is None else weight
         hidden, _, _ = _check.head(name, hidden, used, bias, "lm_head_weight" if weight is None else names[1], names[2])
         for each, value in zip(names[1:], (weight, bias), strict=True):

@@ -16,7 +16,8 @@ class LossModule(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        for name in options.keys() - signature(self.function).parameters.keys():
+        known = {name for name, each in signature(self.function).parameters.items() if each.kind is each.KEYWORD_ONLY}
+        for name in options.keys() - known:
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
         self.options = options
 

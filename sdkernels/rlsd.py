@@ -77,7 +77,8 @@ def rlsd_token_advantage(
 ) -> RLSDAdvantage:
     """Token advantages weighted by a privileged teacher's evidence ratio, from the logits, in one launch.
 
-    .. math::
+    ::
+
         Delta_t = log P_T(y_t) - log P_S(y_t)                           (Eq. 13, information_gain)
         w_t     = exp(sign(A) Delta_t) = (P_T / P_S)^sign(A)            (Eq. 14, weight)
         A_t     = A ((1 - lam) + lam clip(w_t, 1 - below, 1 + above))   (Eq. 15, advantage)
@@ -99,7 +100,7 @@ def rlsd_token_advantage(
         temperature: divides both logits; a number > 0, or a tensor like `advantages`.
         mask: (...), kept where non-zero; a masked token's logits are not read, its results are 0.
         credit_mask: (...); tokens where it is 0 keep A_t = A, as do, for `apply_to` "negative" or "positive", tokens
-            whose advantage has another sign.
+            whose own advantage has another sign, whatever the rest of the sequence has.
         pessimistic: min(w A, clip(w) A) in place of clip(w) A (Eq. 16).
         cu_seqlens: (S + 1,) int32, where packed sequences (N, V) start and end.
         group, vocab_start: as for `grpo_loss`; of both sides' logits.
@@ -203,7 +204,8 @@ def rlsd_loss(
 ) -> RLSDOutput:
     """RLSD's policy loss: GRPO's clipped surrogate on advantages weighted by a privileged teacher's evidence ratio.
 
-    .. math::
+    ::
+
         loss_t = -min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t) token_weight_t
                  + beta (exp(d_t) - d_t - 1)
 
@@ -307,12 +309,14 @@ def rlsd_metrics(
 
     Pass the mask that the loss had (with ``token_ids != -100``): a masked token's results are all 0.
     """
+    if not isinstance(output, RLSDOutput | GRPOOutput):
+        raise TypeError(f"output must be an RLSDOutput or a GRPOOutput, got {type(output).__name__}")
     below, above = _check.clip_range(clip_range)
     _check.at_least("epsilon_low", epsilon_low, 0)
     _check.at_least("epsilon_high", epsilon_high, 0)
     ratio = output.ratio
-    _check.mask("mask", mask, ratio.shape, ratio)
-    keep = torch.ones_like(ratio, dtype=torch.bool) if mask is None else mask != 0
+    mask = _check.mask("mask", mask, ratio.shape, ratio)
+    keep = torch.ones_like(ratio, dtype=torch.bool) if mask is None else mask
     count = keep.sum().clamp(min=1)
     per_token = {
         "ratio_clipped_below": ratio < 1 - epsilon_low,

@@ -67,7 +67,8 @@ def ssd_decomposition(
     With T the training temperature, q the base's distribution at T on its support S (see `truncated_log_softmax`),
     p the student's at temperature 1, p_S = p renormalised on S, and p_ST proportional to p^(1/T) on S:
 
-    .. math::
+    ::
+
         CE = -sum_v q(v) log p(v)
            = -log sum_{v in S} p(v)       support_compression
            + (1 - T) H_{1/T}(p_S)         within_support_reshaping    (Renyi entropy of order 1/T)
@@ -78,7 +79,8 @@ def ssd_decomposition(
 
     One sweep finds the base's supports and one reads the student; backward reads the student again and writes its
     gradient: 8 bytes per bfloat16 logit, 6 with a `Support`. Rows with more than 64 tokens in S read the base again in
-    each sweep: 12 bytes; with no filter, where no support is sought, 10.
+    each sweep: 12 bytes; with no filter, where no support is sought, 10. On a GPU the search for supports takes 16 to
+    32 kB a token for its time, see `truncated_log_softmax`.
 
     Args:
         student_logits: (..., V) float64, float32, bfloat16 or float16.
@@ -98,6 +100,7 @@ def ssd_decomposition(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what it must be.
     """
+    _check.logits("student_logits", student_logits)
     terms, _ = _terms(student_logits, base, temperature, (top_k, top_p, min_p), mask, None, (group, vocab_start))
     return _in_dtype_of(student_logits, terms)
 
@@ -122,7 +125,8 @@ def ssd_loss(
 ) -> SSDOutput:
     """SSD's expected loss, -sum_v q(v) log p(v), with a weight on each of its terms.
 
-    .. math::
+    ::
+
         loss_t = a support_compression + b within_support_reshaping + c base_alignment + constant
 
     With weights (a, b, c) = (1, 1, 1) it is the cross-entropy and its gradient p - q: the exact expectation, over the
@@ -170,7 +174,7 @@ def ssd_loss(
 def effective_temperature(train_temperature: float, eval_temperature: float) -> float:
     """T_eff = T_train T_eval: temperatures multiply (Lemma B.1).
 
-    A student that fits q exactly and is decoded at T_eval samples from base^(1 / (T_train T_eval)) on S.
+    A student that fits q exactly and is decoded at T_eval samples from base^(1 / (T_train T_eval)) on S (Prop. B.2).
     """
     product = 1.0
     for name, value in (("train_temperature", train_temperature), ("eval_temperature", eval_temperature)):
@@ -184,7 +188,8 @@ class SSDLoss(LossModule):
     function = staticmethod(ssd_loss)
 
     def __init__(self, temperature: float | Tensor, **options: Any) -> None:
-        super().__init__(temperature=temperature, **options)
+        super().__init__(**options)
+        self.options = {"temperature": temperature, **options}
 
 
 def _in_dtype_of(logits: Tensor, terms: SSDTerms) -> SSDTerms:
@@ -203,7 +208,6 @@ def _terms(
     inplace: bool = False,
 ) -> tuple[SSDTerms, Tensor]:
     """The terms in float64, and which tokens count."""
-    _check.logits("student_logits", student_logits)
     shape = student_logits.shape[:-1]
     temperature = _check.temperature(temperature, shape, cu_seqlens, student_logits)
     mask = _check.mask("mask", mask, shape, student_logits)
@@ -223,8 +227,7 @@ def _terms(
         lists = (ids, log_probs.detach().to(dtype).reshape(ids.shape).contiguous())
         support = (None, None, *lists)
     else:
-        if not isinstance(base, Tensor):
-            raise TypeError(f"base must be a torch.Tensor or a Support, got {type(base).__name__}")
+        check_base(base)
         _check.same_logits("base", base, student_logits)
         base_rows = as_rows(base.detach())
         if shard is not None:
@@ -250,6 +253,12 @@ def _terms(
         support_size=size,
     )
     return terms, keep
+
+
+def check_base(base: Any) -> None:
+    """Refuse a base that is neither a tensor nor a Support."""
+    if not isinstance(base, Tensor | Support):
+        raise TypeError(f"base must be a torch.Tensor or a Support, got {type(base).__name__}")
 
 
 def check_sparse_base(

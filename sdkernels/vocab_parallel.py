@@ -47,14 +47,20 @@ class Shard(NamedTuple):
         return rows.detach().gather(-1, places.where(inside, 0).long()).double().where(inside, torch.nan)
 
 
+def is_group(group: Any) -> dist.ProcessGroup:
+    """Refuse anything but a process group."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+    return group
+
+
 def shard_of(group: Any, vocab_start: Any, logits: Tensor) -> Shard | None:
     """The checked shard of logits (..., V_r), or None without a group."""
     if group is None:
         if vocab_start is not None:
             raise ValueError(f"vocab_start={vocab_start!r} needs a group, got None")
         return None
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+    is_group(group)
     size = logits.shape[-1]
     start = group.rank() * size if vocab_start is None else _check.integer("vocab_start", vocab_start, 0)
     return Shard(group, start, size)
@@ -63,21 +69,24 @@ def shard_of(group: Any, vocab_start: Any, logits: Tensor) -> Shard | None:
 def exchange(shard: Shard, columns: Sequence[Tensor], check: Callable[[int], None] | None = None) -> Tensor:
     """Per-token columns (...) of all ranks, (columns, ranks, ...) float64.
 
-    `check` is told the size of the whole vocabulary, where values may be read.
+    Where values may be read, on all ranks or on none, so are the shards' places, and `check` is told the size of the
+    whole vocabulary.
     """
     mine = torch.stack([x.detach().double() for x in columns])
-    place = torch.tensor([shard.start, shard.size], dtype=torch.float64, device=mine.device)
-    sent = torch.cat((mine.reshape(-1), place))
+    sent, checked = mine.reshape(-1), _check.values_are_checked(mine)
+    if checked:  # elsewhere these two numbers would be copied to the device for nothing, which waits for it
+        sent = torch.cat((sent, sent.new_tensor([shard.start, shard.size])))
     received = sent.new_empty((shard.group.size(), len(sent)))
-    dist.all_gather(list(received.unbind(0)), sent, group=shard.group)
-    if _check.values_are_checked(sent):
+    if len(sent) > 0:
+        dist.all_gather(list(received.unbind(0)), sent, group=shard.group)
+    if checked:
         starts, sizes = received[:, -2].tolist(), received[:, -1].tolist()
         if any(start != sum(sizes[:rank]) for rank, start in enumerate(starts)):
             raise ValueError(f"vocab_start must make shards cover the vocabulary in rank order, got shards of "
                              f"{[int(x) for x in sizes]} tokens from {[int(x) for x in starts]} on")  # fmt: skip
         if check is not None:
             check(int(sum(sizes)))
-    return received[:, :-2].reshape(-1, *mine.shape).transpose(0, 1).contiguous()
+    return received[:, : mine.numel()].reshape(len(received), *mine.shape).transpose(0, 1).contiguous()
 
 
 def from_owner(received: Tensor) -> Tensor:

@@ -106,9 +106,13 @@ MESSAGES = [
     (ValueError, "clip_range must be >= 0, got -1", {"clip_range": (0.2, -1)}),
     (ValueError, re.escape("clip_range must be a number or a pair (below, above), got (0.1, 0.2, 0.3)"),
      {"clip_range": (0.1, 0.2, 0.3)}),
-    (TypeError, "clip_range must be a number, got str", {"clip_range": "0.2"}),
+    *((TypeError, re.escape("clip_range must be a number or a pair (below, above), got ") + kind, {"clip_range": bad})
+      for kind, bad in (("str", "0.2"), ("NoneType", None), ("Tensor", torch.tensor(0.2)), ("bool", True))),
+    (TypeError, "clip_range must be a number, got NoneType", {"clip_range": (0.1, None)}),
     *((ValueError, "dual_clip must be > 1, got", {"dual_clip": c}) for c in (1.0, 0.5, -3.0, math.nan)),
     *((ValueError, "normalizer must be finite and > 0, got", {"normalizer": n}) for n in (0, -1.0, math.nan, math.inf)),
+    *((ValueError, f"normalizer must be finite and > 0, or 0 where no token is kept, got {n}",
+       {"normalizer": torch.tensor(n)}) for n in (-1, -0.5, math.nan, math.inf)),
     (ValueError, re.escape("normalizer must be a number or a 0-dim tensor, got shape (1,)"),
      {"normalizer": torch.ones(1)}),
     # words and flags
@@ -124,7 +128,7 @@ MESSAGES = [
      {"cu_seqlens": cu_seqlens(0, 6)}),
     (ValueError, "reduction='seq-mean-token-mean' needs sequences", {**PACKED, "reduction": "seq-mean-token-mean"}),
     (ValueError, "reduction='seq-mean-token-sum' needs sequences", {**PACKED, "reduction": "seq-mean-token-sum"}),
-    (TypeError, "cu_seqlens must be int32, got torch.float32",
+    (TypeError, "cu_seqlens must be int32 or int64, got torch.float32",
      {**PACKED, "cu_seqlens": cu_seqlens(0, 6, dtype=torch.float32)}),
     (ValueError, re.escape("cu_seqlens must have shape (S + 1,), got (1, 2)"),
      {**PACKED, "cu_seqlens": cu_seqlens([0, 6])}),
@@ -236,6 +240,11 @@ def test_evidence_weighted_advantage_names_what_is_wrong():
             evidence_weighted_advantage(*changed, **options)
 
 
+def test_a_normalizer_of_0_is_for_a_batch_without_a_kept_token():
+    zero = torch.zeros(())
+    assert rlsd_loss(**arguments(), mask=torch.zeros(B, T), reduction="sum", normalizer=zero).loss == 0
+
+
 def test_one_token_per_sequence_needs_no_hint():
     logits, token_ids = torch.randn(B, 1, V), torch.zeros(B, 1, dtype=torch.int64)
     per_token_loss = grpo_loss(logits, token_ids, torch.tensor([[1.0], [-2.0]])).loss
@@ -264,6 +273,11 @@ def test_the_schedule_and_the_metrics_check_their_arguments():
         rlsd_metrics(output, clip_range=-1.0)
     with pytest.raises(ValueError, match="mask must have one value per token"):
         rlsd_metrics(output, torch.ones(T, B))
+    for other in (output.loss, rlsd_token_advantage(**arguments()), None):
+        with pytest.raises(
+            TypeError, match=f"output must be an RLSDOutput or a GRPOOutput, got {type(other).__name__}"
+        ):
+            rlsd_metrics(other)
 
 
 def test_an_unknown_option_is_refused():
@@ -273,3 +287,9 @@ def test_an_unknown_option_is_refused():
     for module, given in ((sdkernels.GRPOLoss, ()), (sdkernels.RLSDLoss, ()), (sdkernels.SSDLoss, (0.8,))):
         with pytest.raises(TypeError, match=r"Loss\(\) got an unexpected keyword argument 'label_smoothing'"):
             module(*given, label_smoothing=0.1)
+    for module, tensor in ((sdkernels.GRPOLoss, "logits"), (sdkernels.GRPOLoss, "old_log_prob"),
+                           (sdkernels.RLSDLoss, "teacher"), (sdkernels.OPSDLoss, "teacher_logits")):  # fmt: skip
+        with pytest.raises(TypeError, match=rf"Loss\(\) got an unexpected keyword argument '{tensor}'"):
+            module(**{tensor: torch.ones(B, T)})
+    with pytest.raises(TypeError, match=r"SSDLoss\(\) got an unexpected keyword argument 'base'"):
+        sdkernels.SSDLoss(0.8, base=torch.ones(B, T, V))

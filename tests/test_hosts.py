@@ -1,11 +1,13 @@
 """What integrations check of their hosts, and the prompt and the head that they share."""
 
 import re
+import tomllib
 
 import pytest
 import tiny
 import torch
 from conftest import no_kernel
+from programs import ROOT
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
@@ -33,6 +35,15 @@ def test_a_host_with_other_hooks_is_refused_in_one_line(distribution, hooks, mes
         check_host(distribution, "1.2", "host>=1", hooks)
     assert "\n" not in str(caught.value)
     check_host("safetensors", "1.2", "host>=1", {"safetensors.torch:save_file": "tensors, filename"})
+
+
+def test_what_a_check_tells_to_install_is_in_pyproject():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    known = {requirement for extra in extras.values() for requirement in extra}
+    sources = [path.read_text() for path in (ROOT / "sdkernels/integrations").rglob("*.py")]
+    told = [found for text in sources for found in re.findall(r'check_host\(\s*"[\w-]+", "[^"]+", "([^"]+)"', text)]
+    assert {re.split("[<>=]", each)[0] for each in told} == {"transformers", "trl", "verl", "ms-swift"}
+    assert set(told) <= known
 
 
 def test_a_privileged_prompt():

@@ -33,7 +33,7 @@ def test_every_claim_holds(tmp_path):
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_claim_that_fails_is_named_and_fails_the_script(tmp_path):
+def test_a_claim_that_fails_is_named_and_fails_the_script():
     """A library whose floor is a tenth of a millionth off."""
     code = (
         "import sys; sys.argv = ['gap']\n"

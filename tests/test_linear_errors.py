@@ -172,7 +172,7 @@ def test_teacher_log_probs_have_no_head(function, options):
 
 
 def support(**changes):
-    found = {"token_ids": torch.zeros(B, T, 2, dtype=torch.int64), "log_probs": torch.full((B, T, 2), 0.5).log(),
+    found = {"token_ids": torch.tensor([4, 0]).repeat(B, T, 1), "log_probs": torch.full((B, T, 2), 0.5).log(),
              "size": torch.full((B, T), 2), "temperature": 0.8}  # fmt: skip
     return Support(**{**found, **changes})
 
@@ -184,6 +184,8 @@ BASES = [
     (ValueError, "top_k, top_p and min_p must be None", {}, {"top_k": 3}),
     (ValueError, "base.temperature must equal temperature, 0.8, got 0.9", {"temperature": 0.9}, {}),
     (IndexError, "base.token_ids must hold ids in", {"token_ids": torch.full((B, T, 2), V)}, {}),
+    (ValueError, "base.token_ids must hold distinct ids, got 0 more than once for a token",
+     {"token_ids": torch.zeros(B, T, 2, dtype=torch.int64)}, {}),
     (ValueError, "base.token_ids must have shape", {"token_ids": torch.zeros(B, 2, dtype=torch.int64)}, {}),
     (ValueError, "base.log_probs must have the shape of base.token_ids", {"log_probs": torch.zeros(B, T, 3)}, {}),
     (ValueError, "base.log_probs must be of probabilities that sum to 1", {"log_probs": torch.zeros(B, T, 2)}, {}),
@@ -205,6 +207,13 @@ OPTIONS = [
         {"support": ids(0)[..., None], "top_k": 3},
     ),
     ("token_log_prob", IndexError, "support must hold ids in", {"support": ids(V)[..., None]}),
+    (
+        "token_log_prob",
+        ValueError,
+        "support must hold distinct ids, got 3",
+        {"support": ids(3)[..., None].repeat(1, 1, 2)},
+    ),
+    ("token_log_prob", TypeError, "support must be a Support or a torch.Tensor, got list", {"support": [3]}),
     ("truncated_support", ValueError, "max_size must be >= 1, got 0", {"max_size": 0}),
     ("truncated_support", TypeError, "max_size must be an integer", {"max_size": 2.0}),
     ("truncated_support", ValueError, "min_p must be in", {"min_p": 1.5}),
@@ -230,6 +239,14 @@ OPTIONS = [
 @pytest.mark.parametrize(("function", "kind", "message", "options"), OPTIONS, ids=lambda x: str(x)[:40])
 def test_the_options_of_each(function, kind, message, options):
     refused(kind, message, function, options=options)
+
+
+@pytest.mark.parametrize("base", [[1.0], "base"])
+def test_a_base_that_is_neither_hidden_states_nor_a_support(base):
+    message = f"base must be a torch.Tensor or a Support, got {type(base).__name__}"
+    refused(TypeError, message, "ssd_loss", other=base)
+    with pytest.raises(TypeError, match=r"base must be a torch.Tensor or a Support, got NoneType"):
+        sdkernels.linear_ssd_loss(torch.randn(B, T, H), None, torch.randn(V, H), 0.8)
 
 
 @pytest.mark.parametrize("function", ["grpo_loss", "rlsd_loss", "rlsd_token_advantage"])

@@ -82,7 +82,6 @@ def test_token_advantages_allocate_nothing_large():
 
 
 LISTS, THRESHOLDS = {"top_k": 20}, {"top_p": 0.99, "min_p": 1e-4}  # supports of at most 64 tokens, and of more
-IDS = torch.arange(20).expand(B, T, 20)
 TRUNCATED = {
     "token_log_prob": lambda x, y, i, **f: sum(token_log_prob(x, i, 0.9, **f)).mean(),
     "replayed token_log_prob": lambda x, y, i, **f: token_log_prob(x, i, support=torch.arange(20).expand(B, T, 20))[

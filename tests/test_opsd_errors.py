@@ -99,7 +99,7 @@ LOSS = [
      {"cu_seqlens": cu_seqlens(0, 6)}),
     (ValueError, "reduction='seq-mean-token-mean' needs sequences", {**PACKED, "reduction": "seq-mean-token-mean"}),
     (ValueError, "reduction='seq-mean-token-sum' needs sequences", {**PACKED, "reduction": "seq-mean-token-sum"}),
-    (TypeError, "cu_seqlens must be int32, got torch.float32",
+    (TypeError, "cu_seqlens must be int32 or int64, got torch.float32",
      {**PACKED, "cu_seqlens": cu_seqlens(0, 6, dtype=torch.float32)}),
     (ValueError, re.escape("cu_seqlens must have shape (S + 1,), got (1, 2)"),
      {**PACKED, "cu_seqlens": cu_seqlens([0, 6])}),

@@ -160,6 +160,17 @@ def test_everything_works_without_triton():
     assert found == ["6.0", "-0.8"]
 
 
+def test_a_torch_without_process_groups_is_enough():
+    found = python(
+        "import sys, torch\n"
+        "sys.modules['torch.distributed.distributed_c10d'] = None\n"
+        "import sdkernels\n"
+        "x, weight = torch.zeros(2, 3, 4), torch.zeros(5, 4)\n"
+        "print(sdkernels.linear_grpo_loss(x, weight, torch.ones(2, 3).long(), torch.ones(2)).loss.item())\n"
+    )
+    assert found == ["-1.0"]
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_modules_are_the_functions_with_options(inplace):
     logits, teacher = torch.randn(2, 3, 11), torch.randn(2, 3, 11)

@@ -15,6 +15,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from sdkernels import Support, load_support, save_support, truncated_log_softmax, truncated_support
 from sdkernels import truncation as module
 from sdkernels.reference import truncation as reference
+from sdkernels.rows import support as row_operator
 
 
 def warped(logits, temperature, top_k=None, top_p=None, min_p=None):
@@ -283,6 +284,18 @@ def test_another_file_is_refused(tmp_path):
         save_support(tmp_path / "tensor", torch.zeros(3))
 
 
+def test_a_place_or_rows_that_cannot_be_are_named(tmp_path):
+    support = truncated_support(torch.randn(3, 11), top_k=2, max_size=2)
+    for parent in ("missing", "support"):  # the second will be a file
+        path = tmp_path / parent / "name"
+        with pytest.raises(FileNotFoundError, match=f"{path} cannot be written: there is no directory {path.parent}"):
+            save_support(path, support)
+        save_support(tmp_path / "support", support)
+    for bad in (0, [0, 2], True, torch.tensor([0])):
+        with pytest.raises(TypeError, match=f"rows must be a slice, got {type(bad).__name__}"):
+            load_support(tmp_path / "support", bad)
+
+
 @pytest.mark.parametrize("max_size", [10, 63, 64])
 def test_a_nucleus_that_ends_within_rounding_of_a_list(max_size, device):
     """Summed in another order the mass may put token 0, the next largest, out of S or in: the list must agree."""
@@ -317,3 +330,38 @@ def test_a_support_moves_to_a_device(temperature):
     moved = truncated_support(torch.randn(3, 11), temperature, top_k=2, max_size=2).to("meta")
     assert isinstance(moved, Support)
     assert {x.device.type for x in moved if isinstance(x, torch.Tensor)} == {"meta"}
+
+
+def by_sort(logits, most, mask, monkeypatch, **options):
+    """`truncated_support` where the reference serves, of at most `most` rows at a time; how many it had each time."""
+    seen, sort = [], row_operator.reference.row_support
+    monkeypatch.setattr(row_operator.reference, "row_support", lambda x, *a: seen.append(x.shape) or sort(x, *a))
+    monkeypatch.setattr(row_operator, "SORT_BYTES", most * 8 * logits.shape[-1])
+    return truncated_support(logits, mask=mask, **options), [shape[:-1].numel() for shape in seen]
+
+
+LARGE, VOCAB = row_operator.MOST_CANDIDATES + 1, 5000  # longer lists than a Triton kernel has
+
+
+@pytest.mark.parametrize(
+    "temperature", [1.3, torch.tensor([0.7, 2.0]), torch.rand(2, 4) + 0.5], ids=["1", "(B,)", "(B, T)"]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "time_major", "padded_vocabulary"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_no_kernel_serves_is_sorted_a_piece_at_a_time(dtype, layout, temperature, device, monkeypatch):
+    # As on a GPU, where Triton serves shorter lists.
+    monkeypatch.setattr(row_operator, "runs_csrc", lambda logits: False)
+    logits = nasty.LAYOUTS[layout](rows("ties", 8, VOCAB, dtype, device).reshape(2, 4, VOCAB))
+    logits[1, 2] = torch.nan
+    mask = torch.ones(2, 4, device=device)
+    mask[0, 3] = 0
+    moved = temperature.to(device) if isinstance(temperature, torch.Tensor) else temperature
+    for chosen in ({"top_k": 20}, {"top_p": 0.9, "min_p": 1e-5}, {}):
+        options = {"temperature": moved, "max_size": LARGE, **chosen}
+        whole, at_once = by_sort(logits, 8, mask, monkeypatch, **options)
+        assert at_once == [8]
+        for most in (3, 1):
+            found, counts = by_sort(logits, most, mask, monkeypatch, **options)
+            assert (sum(counts), max(counts), len(counts)) == (8, most, -(-8 // most))
+            for each, same in zip(found[:3], whole[:3], strict=True):
+                assert_same_bits(each, same)

@@ -1,6 +1,7 @@
 """What a sharded vocabulary exchanges and refuses, and a transformers model under tensor parallelism."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def group():
 EXCHANGES = {
     "token_log_prob": (lambda x, y, i, g: token_log_prob(x, i, **g), 1),
     "replay": (lambda x, y, i, g: token_log_prob(x, i, support=i.unsqueeze(-1), **g), 1),
-    "rlsd_loss": (lambda x, y, i, g: rlsd_loss(x, y, i, torch.ones(B), **g), 1),
+    "rlsd_loss": (lambda x, y, i, g: rlsd_loss(x, y, i, x.new_ones(B), **g), 1),
     "ssd_loss": (lambda x, y, i, g: ssd_loss(x, y, 1.6, **g), 1),
     "ssd_loss, top_k": (lambda x, y, i, g: ssd_loss(x, y, 1.6, top_k=5, **g), 1 + 7 + 1 + 1),
     "ssd_loss, top_k, 16 bits": (lambda x, y, i, g: ssd_loss(x, y.bfloat16(), 1.6, top_k=5, **g), 1 + 4 + 1 + 1),
@@ -55,6 +56,38 @@ def test_exchanges_are_as_many_as_promised_and_backward_has_none(name, group, mo
     if loss.requires_grad:
         loss.sum().backward()
         assert len(calls) == promised + isinstance(output, torch.Tensor)  # sums of the upstream gradient of log q
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_off_the_cpu_no_number_goes_to_the_device_and_none_is_read(name, group, monkeypatch):
+    """On tensors without values, where reading one raises, as `item` and branches do."""
+    student, teacher, ids = (
+        x.to("meta") for x in (torch.randn(B, T, V), torch.randn(B, T, V), torch.ones(B, T).long())
+    )
+    made, gathered = [], []
+
+    def noting(make):
+        return lambda *a, **o: made.append(make(*a, **o)) or made[-1]
+
+    for holder, makes in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")):
+        monkeypatch.setattr(holder, makes, noting(getattr(holder, makes)))
+    monkeypatch.setattr(dist, "all_gather", lambda received, sent, group: gathered.append(sent.numel()))
+    EXCHANGES[name][0](student.requires_grad_(), teacher, ids, {"group": group})
+    assert len(gathered) == EXCHANGES[name][1]
+    assert not [x for x in made if x.device.type == "meta"]
+    assert all(numbers % (B * T) == 0 for numbers in gathered)
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_no_tokens_give_empty_results_and_a_loss_of_0_that_backpropagates(name, group):
+    student, teacher = torch.randn(B, 0, V, requires_grad=True), torch.randn(B, 0, V)
+    ids = torch.zeros(B, 0, dtype=torch.int64)
+    found, plain = (EXCHANGES[name][0](student, teacher, ids, g) for g in ({"group": group}, {}))
+    found, plain = (x if isinstance(x, torch.Tensor) else x[0] for x in (found, plain))
+    assert torch.equal(found, plain)
+    if found.requires_grad:
+        found.sum().backward()
+        assert student.grad.shape == student.shape
 
 
 def test_what_cannot_be_a_shard_is_refused(group):
@@ -84,6 +117,11 @@ def test_what_cannot_be_a_shard_is_refused(group):
         ssd_loss(logits, Support(listed, torch.full((B, T, 2), 0.5).log(), listed[..., 0], 1.0), 1.0, group=group)
     with pytest.raises(ValueError, match=r"temperature must be finite and > 0, got 0.0 for an unmasked token"):
         token_log_prob(logits, ids, torch.zeros(B, T), support=listed, mask=ids < V, group=group)
+    listed = torch.tensor([3, 3]).expand(B, T, 2)
+    with pytest.raises(ValueError, match=r"support must hold distinct ids, got 3 more than once for a token"):
+        token_log_prob(logits, ids.clamp(max=V - 1), support=listed, group=group)
+    with pytest.raises(ValueError, match=r"base.token_ids must hold distinct ids, got 3 more than once for a token"):
+        ssd_loss(logits, Support(listed, torch.full((B, T, 2), 0.5).log(), listed[..., 0], 1.0), 1.0, group=group)
 
 
 @pytest.mark.parametrize("name", ["token_log_prob", "ssd_loss", "a KL", "top_k of a divergence"])
@@ -117,6 +155,64 @@ def test_a_sharded_tensor_itself_is_refused(group):
         token_log_prob(logits, torch.randint(V, (B, T)))
     with pytest.raises(TypeError, match=r"hidden must be a plain torch.Tensor, got a DTensor"):
         linear_grpo_loss(logits, torch.randn(9, V), torch.randint(9, (B, T)), torch.ones(B), group=group)
+
+
+def placed(value, sizes, dims):
+    """A DTensor on a mesh of such sizes, sharded in these dimensions; None: replicated."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
+    return distribute_tensor(value, dist.init_device_mesh("cpu", sizes), placements)
+
+
+def test_a_head_that_is_not_sharded_over_the_group_alone_is_refused(group):
+    hidden, weight, bias, ids = torch.randn(B, T, 4), torch.randn(V, 4), torch.randn(V), torch.randint(V, (B, T))
+    good = placed(weight, (1,), [0])
+
+    def rlsd(student, **options):
+        return sdkernels.linear_rlsd_loss(hidden, hidden, student, ids, torch.ones(B), group=group, **options).loss
+
+    def ssd(student, **options):
+        return sdkernels.linear_ssd_loss(hidden, hidden, student, 1.0, group=group, **options).loss
+
+    for sizes, dims, ranks in (
+        ((1,), [None], "[0]"),
+        ((1,), [1], "[0]"),
+        ((1, 1), [0, 0], "[[0]]"),  # FSDP x TP outside of the forward
+        ((1, 1), [None, 0], "[[0]]"),
+    ):
+        bad = placed(weight, sizes, dims)
+        for name, function, student, options in (
+            ("lm_head_weight", rlsd, bad, {}),
+            ("lm_head_weight", ssd, bad, {"vocab_start": 0}),
+            ("bias", rlsd, good, {"bias": placed(bias, sizes, [None for _ in dims])}),
+            ("teacher_lm_head_weight", rlsd, good, {"teacher_lm_head_weight": bad}),
+            ("base_lm_head_weight", ssd, good, {"base_lm_head_weight": bad}),
+        ):
+            message = f"{name} is a DTensor with placements (.*) over ranks {re.escape(ranks)}; with a group it must "
+            message += re.escape("have (Shard(dim=0),) over the group's, [0]: redistribute it so, or pass this rank's")
+            with pytest.raises(ValueError, match=f"^{message}"):
+                function(student, **options)
+    with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup, got str"):
+        linear_grpo_loss(hidden, good, ids, torch.ones(B), group="tp")
+    assert torch.equal(rlsd(good, bias=placed(bias, (1,), [0])), rlsd(weight, bias=bias))
+
+
+def other_groups(rank):
+    """What a head says that is sharded over both ranks, to each rank's group of its own."""
+    groups = [dist.new_group([0]), dist.new_group([1])]
+    weight = placed(torch.randn(V, 4), (2,), [0])
+    try:
+        linear_grpo_loss(
+            torch.randn(3, 4), weight, torch.zeros(3, dtype=torch.int64), torch.ones(3), group=groups[rank]
+        )
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_head_sharded_over_another_group_is_refused():
+    for rank, message in enumerate(results_of(other_groups, 2)):
+        assert f"over ranks [0, 1]; with a group it must have (Shard(dim=0),) over the group's, [{rank}]" in message
 
 
 HEAD = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -76,9 +76,8 @@ def test_lists_in_the_file(read):
 
 @pytest.mark.parametrize(
     ("decode", "sampling"),
-    [("1.6/20/0.8", Sampling(1.6, 20, 0.8)), ("0.9/0/0.8", Sampling(0.9, 0, 0.8)), ("0.9/none/0.8", Sampling(0.9, 0, 0.8)),
-     ("1.0/0/1", Sampling(1.0, 0, 1.0)),
-     ("1.1", Sampling(1.1, 0, 1.0)), ("0", Sampling(0.0, 0, 1.0))],
+    [("1.6/20/0.8", Sampling(1.6, 20, 0.8)), ("0.9/0/0.8", Sampling(0.9, 0, 0.8)), ("1.0/0/1", Sampling(1.0, 0, 1.0)),
+     ("0.9/none/0.8", Sampling(0.9, 0, 0.8)), ("1.1", Sampling(1.1, 0, 1.0)), ("0", Sampling(0.0, 0, 1.0))],
 )  # fmt: skip
 def test_a_decode_is_read_as_ssds_tables_write_it(decode, sampling):
     assert Sampling.parse(decode) == sampling

@@ -17,7 +17,6 @@ from sdkernels import (
     truncated_support,
 )
 
-BASE = torch.randn(B, T, V)
 TRUNCATED = {
     "truncated_log_softmax": lambda z, ids, **o: truncated_log_softmax(z, **o),
     "truncated_support": lambda z, ids, **o: truncated_support(z, max_size=3, **o),
@@ -103,6 +102,13 @@ def test_truncated_log_softmax_and_support_name_what_is_wrong():
         truncated_support(logits)
 
 
+def twice(ids, token):
+    """The ids, in one row of them a token in both places."""
+    ids = ids.clone()
+    ids[0, 1] = token
+    return ids
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_token_log_prob_names_what_is_wrong_with_a_support(sparse):
     logits, ids = torch.randn(B, T, V), torch.zeros(B, T, dtype=torch.int64)
@@ -112,7 +118,7 @@ def test_token_log_prob_names_what_is_wrong_with_a_support(sparse):
             return token_ids
         return Support(token_ids, torch.zeros(B, T, 2), torch.ones(B, T), 1.0)
 
-    good = torch.zeros(B, T, 2, dtype=torch.int64)
+    good = torch.tensor([0, -1]).repeat(B, T, 1)
     for option in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}):
         with pytest.raises(ValueError, match="support replaces top_k, top_p and min_p: they must be None"):
             token_log_prob(logits, ids, support=support_of(good), **option)
@@ -127,12 +133,16 @@ def test_token_log_prob_names_what_is_wrong_with_a_support(sparse):
         (ValueError, "support is on meta, but", good.to("meta")),
         (IndexError, rf"support must hold ids in \[0, {V}\), or -1 for none, got {V}", good + V),
         (IndexError, rf"support must hold ids in \[0, {V}\), or -1 for none, got -2", good - 2),
+        (ValueError, "support must hold distinct ids, got 6 more than once for a token", twice(good, 6)),
+        (ValueError, "support must hold distinct ids, got 0 more than once for a token", twice(good.int(), 0)),
     ]:
         with pytest.raises(error, match=message):
             token_log_prob(logits, ids, support=support_of(bad))
     if not sparse:
-        with pytest.raises(TypeError, match=r"support must be a torch\.Tensor, got list"):
+        with pytest.raises(TypeError, match=r"support must be a Support or a torch\.Tensor, got list"):
             token_log_prob(logits, ids, support=[1, 2])
+    none = torch.full((B, T, 2), -1)
+    token_log_prob(logits, ids, support=support_of(none))  # which may repeat
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     good[1, 2] = 99
     token_log_prob(logits, ids, support=support_of(good), mask=mask)
@@ -143,7 +153,7 @@ def test_token_log_prob_names_what_is_wrong_with_a_support(sparse):
             token_log_prob(logits, ids + V, **option)
 
 
-SPARSE = Support(torch.zeros(B, T, 2, dtype=torch.int64), torch.zeros(B, T, 2), torch.ones(B, T), 0.8)
+SPARSE = Support(torch.tensor([0, 1]).repeat(B, T, 1), torch.zeros(B, T, 2), torch.ones(B, T), 0.8)
 BASE_MESSAGES = [
     (TypeError, "base must be a torch.Tensor or a Support, got list", [1.0], {}),
     (TypeError, "base must be float64, .* got torch.int64", torch.ones(B, T, V, dtype=torch.int64), {}),
@@ -175,7 +185,9 @@ BASE_MESSAGES = [
                            "renormalise with base.log_probs.log_softmax(-1)"), SPARSE, {}),
     (ValueError, "base.token_ids is on meta, but", SPARSE._replace(token_ids=SPARSE.token_ids.to("meta")), {}),
     *((IndexError, rf"base.token_ids must hold ids in \[0, {V}\), or -1 for none, got {bad}",
-       SPARSE._replace(token_ids=SPARSE.token_ids + bad), {}) for bad in (V, -2, 2**40)),
+       SPARSE._replace(token_ids=twice(SPARSE.token_ids, bad)), {}) for bad in (V, -2, 2**40)),
+    (ValueError, "base.token_ids must hold distinct ids, got 3 more than once for a token",
+     SPARSE._replace(token_ids=twice(SPARSE.token_ids, 3)), {}),
 ]  # fmt: skip
 
 

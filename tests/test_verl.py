@@ -100,6 +100,11 @@ def test_the_teacher_moves_sizes_never_signs():
 
 @pytest.mark.parametrize("kind", ["number", "list", "tensor"])
 def test_lam_follows_verls_global_steps(kind):
+    assert (RLSDLossConfig().lam, RLSDLossConfig().warmup_steps, RLSDLossConfig().decay_steps) == (
+        0.5,
+        0,
+        50,
+    )  # the paper's
     options = RLSDLossConfig(lam=0.5, warmup_steps=2, decay_steps=4)
     x = torch.zeros(ROWS)
     for step, lam in [(1, 0.0), (2, 0.25), (3, 0.5), (5, 0.25), (9, 0.0)]:
@@ -108,6 +113,8 @@ def test_lam_follows_verls_global_steps(kind):
         assert options.lam_at(data) == pytest.approx(lam)
     with pytest.raises(ValueError, match=r"warmup_steps and decay_steps need `global_steps` in the batch"):
         options.lam_at(tu.get_tensordict({"x": x}))
+    for stays in (RLSDLossConfig(lam=0.0), RLSDLossConfig(lam=0.3, decay_steps=0)):
+        assert stays.lam_at(tu.get_tensordict({"x": x})) == stays.lam
 
 
 # ---- options that cannot work ----
@@ -148,10 +155,10 @@ def test_what_the_loss_cannot_do_it_refuses():
 
 def test_the_command_line_reaches_the_loss():
     prefix = "+distillation.distillation_loss."
-    config = verl_config(*RLSD, prefix + "lam=0.3", prefix + "clip_range=[0.1,0.3]", prefix + "decay_steps=50")
+    config = verl_config(*RLSD, prefix + "lam=0.3", prefix + "clip_range=[0.1,0.3]", prefix + "decay_steps=40")
     loss = omega_conf_to_dataclass(config.distillation).distillation_loss
     assert isinstance(loss, RLSDLossConfig)
-    assert (loss.lam, list(loss.clip_range), loss.decay_steps) == (0.3, [0.1, 0.3], 50)
+    assert (loss.lam, list(loss.clip_range), loss.decay_steps) == (0.3, [0.1, 0.3], 40)
     with pytest.raises(Exception, match="use_task_rewards must be False for RLSD"):
         omega_conf_to_dataclass(verl_config(*RLSD[:2]).distillation)
     with pytest.raises(Exception, match="lamb"):
@@ -184,10 +191,28 @@ def test_another_verl_is_refused_in_one_line(monkeypatch, caplog):
         "verl 0.9.1 has verl.workers.utils.padding.no_padding_2_padding(tensor, batch), not (tensor, data); "
         "sdkernels was tested with verl 0.9.1"
     )
-    with pytest.raises(ImportError) as raised:
+    with pytest.raises(ImportError) as raised, _hooks.logged():
         _hooks.check()
     assert str(raised.value) == line
-    assert line in caplog.messages  # verl drops what a plugin raises
+    assert f"verl runs without sdkernels: ImportError: {line}" in caplog.messages  # verl drops what a plugin raises
+
+
+FAILING = """
+from sdkernels.integrations import hosts
+check_host = hosts.check_host
+def of_transformers(distribution, *arguments):
+    if distribution == "transformers":
+        raise {error}("transformers is another")
+    check_host(distribution, *arguments)
+hosts.check_host = of_transformers
+import verl
+"""
+
+
+@pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
+def test_whatever_the_plugin_raises_is_logged(error):
+    said = python("-c", FAILING.format(error=error), VERL_USE_EXTERNAL_MODULES="")
+    assert f"verl runs without sdkernels: {error}: transformers is another" in said
 
 
 # ---- the fused head ----

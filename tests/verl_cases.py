@@ -27,8 +27,8 @@ DP_SIZE, BATCH_TOKENS = 2, 100  # of which the micro-batches here are a part
 
 
 def rlsd(config=None, **options):
-    """verl's loss function with RLSD in it, as its worker builds it."""
-    distillation = DistillationConfig(distillation_loss=RLSDLossConfig(**options))
+    """verl's loss function with RLSD in it, as its worker builds it; lam stays, unless options say otherwise."""
+    distillation = DistillationConfig(distillation_loss=RLSDLossConfig(**{"decay_steps": 0, **options}))
     return partial(distillation_ppo_loss, config=config or actor_config(), distillation_config=distillation)
 
 

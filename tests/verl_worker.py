@@ -113,12 +113,13 @@ def jagged(rows):
 
 
 def python(*arguments, **environment):
-    """Another Python with verl on a CPU; what it says where it fails."""
+    """What another Python with verl on a CPU says on stderr."""
     done = subprocess.run(
         [sys.executable, *arguments], env=os.environ | ENVIRONMENT | environment, cwd=Path(__file__).parent,
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
 
 
 def main(job):

@@ -143,7 +143,7 @@ def wrapped(model: nn.Module, config: TrainerConfig, *, trained: bool = True) ->
     """The model as a `Policy`: alone, replicated by DDP, or sharded by FSDP2."""
     policy = Policy(model, config.bf16)
     if config.fsdp:
-        return _sharded(policy, config)
+        return _sharded(policy)
     if trained and dist.is_initialized():
         return DistributedDataParallel(
             policy,
@@ -153,7 +153,7 @@ def wrapped(model: nn.Module, config: TrainerConfig, *, trained: bool = True) ->
     return policy
 
 
-def _sharded(policy: Policy, config: TrainerConfig) -> nn.Module:
+def _sharded(policy: Policy) -> nn.Module:
     blocks = unwrapped(policy)._no_split_modules or ()
     for module in policy.modules():
         if type(module).__name__ in blocks:

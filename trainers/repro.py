@@ -1,6 +1,6 @@
 """Both methods on their testbeds, several seeds, beside what the papers claim: tables and plots in one folder.
 
-    make repro                # an hour or less on two cores
+    make repro                # an hour and a half on two busy cores
     make repro ARGS=--quick   # minutes
 
 Runs are programs of their own, one thread each, as many at a time as there are cores. A run that ended is not repeated,

@@ -28,9 +28,8 @@ def grpo_loss(
     reduction: str = "token-mean",
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    inplace: bool = False,
 ) -> GRPOOutput:
-    """See `sdkernels.grpo_loss`; `inplace` has no meaning here."""
+    """See `sdkernels.grpo_loss`."""
     log_prob, entropy = token_log_prob(logits, token_ids, temperature, mask=mask, cu_seqlens=cu_seqlens)
     keep = kept_tokens(token_ids, mask)
     advantage = over_tokens(advantages.to(log_prob.dtype), token_ids.shape, cu_seqlens)

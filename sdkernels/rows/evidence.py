@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdkernels.evidence import SIGNS, Weighing, evidence_advantage
+from sdkernels.evidence import SIGNS, Weighing, evidence_advantage  # token math, which imports no rows
 from sdkernels.rows import device, layout
 from sdkernels.rows.device import jit, tl
 from sdkernels.rows.implementations import runs_triton

@@ -1,7 +1,8 @@
 """Which implementation an operator gets on a CPU: csrc, the interpreted Triton kernels, or plain PyTorch.
 
 On CUDA an operator runs its Triton kernel. On the CPU it runs csrc/cpu, or, under Triton's own TRITON_INTERPRET=1, the
-Triton kernel interpreted: that is how the kernels are tested without a GPU. float64 runs the reference everywhere.
+Triton kernel interpreted: that is how the kernels are tested without a GPU. float64 runs the reference everywhere, and
+so do, where Triton would serve, lists of more than 4,096 ids (``support.row_support``).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from sdkernels.rows.layout import RowSupport
 
 LISTED = 64  # supports up to this size are kept as lists of token ids; larger ones as their threshold
 MOST_CANDIDATES = 4096  # that a kernel takes into registers
+SORT_BYTES = 64 << 20  # of float64 rows that are sorted at a time, in ten times as much memory
 WIDE_WARP_LANES = 512  # at most, for warps of 64 threads: a predicate for each takes two scalar registers
 
 
@@ -268,6 +269,25 @@ def _empty_support(logits: Tensor, capacity: int) -> RowSupport:
     )
 
 
+def _sorted(logits: Tensor, mask: Tensor | None, temperature: float, temperatures: Tensor | None,
+            filters: tuple[int, float, float], capacity: int) -> tuple[Tensor, ...]:  # fmt: skip
+    """The reference, which sorts in float64, on pieces of the rows: its memory does not grow with their number."""
+    shape = logits.shape[:-1]
+    rows = shape.numel()
+    pieces = min(-(-8 * logits.numel() // SORT_BYTES), rows)
+    if pieces <= 1:
+        return reference.row_support(logits, mask, temperature, temperatures, *filters, capacity)
+    outputs = _empty_support(logits, capacity)
+    at_rows = None if temperatures is None else layout.at_tokens(temperatures, shape).flatten()
+    for piece in torch.arange(rows, device=logits.device).tensor_split(pieces):
+        kept, each = (None if x is None else x.flatten()[piece] for x in (mask, at_rows))
+        some = logits[torch.unravel_index(piece, shape)]
+        found = reference.row_support(some, kept, temperature, each, *filters, capacity)
+        for output, part in zip(outputs, found, strict=True):
+            output.flatten(0, len(shape) - 1)[piece] = part
+    return tuple(outputs)
+
+
 @torch.library.custom_op("sdkernels::row_support", mutates_args=())
 def row_support(
     logits: Tensor,
@@ -282,7 +302,8 @@ def row_support(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `RowSupport`, with lists of `capacity` ids; top_k 0, top_p 1 and min_p 0 keep everything.
 
-    The lists of larger supports hold their most probable tokens if ``partial``, else anything.
+    The lists of larger supports hold their most probable tokens if ``partial``, else anything. Lists of more than
+    MOST_CANDIDATES ids are no kernel's: in place of Triton's the reference sorts the rows, a piece of them at a time.
     ``logits`` (..., V) is what ``layout.as_rows`` returns; the bool ``mask`` is contiguous, of the leading shape;
     ``temperatures``, contiguous, float64, holds one value for each run of consecutive tokens.
     """
@@ -290,7 +311,7 @@ def row_support(
     filters = (top_k, top_p, min_p)
     by_triton = runs_triton(logits) and capacity <= MOST_CANDIDATES
     if not (by_triton or runs_csrc(logits)):
-        return reference.row_support(logits, mask, temperature, temperatures, *filters, capacity)
+        return _sorted(logits, mask, temperature, temperatures, filters, capacity)
     outputs = _empty_support(logits, capacity)
     if outputs.size.numel() == 0:
         return tuple(outputs)

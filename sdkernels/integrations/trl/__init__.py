@@ -38,7 +38,7 @@ for _name in ("SDPO", "SDFT"):
     }.items()}  # fmt: skip
 with warnings.catch_warnings():  # that trl.experimental may change, which is what is checked
     warnings.simplefilter("ignore")
-    check_host("trl", "1.16.0", "trl>=1.16", _HOOKS)
+    check_host("trl", "1.16.0", "trl>=1.16,<2", _HOOKS)
 
 from sdkernels.integrations.trl.head import use_fused_head  # noqa: E402
 from sdkernels.integrations.trl.rlsd import RLSDConfig, RLSDTrainer  # noqa: E402

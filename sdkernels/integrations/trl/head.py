@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from trl.trainer import utils
 
-from sdkernels.families import FAMILIES, Family, Result, Values
+from sdkernels.families import Family, Result, Values, register
 from sdkernels.head import Other, Side, fused
 from sdkernels.rows.statistics import row_statistics
 
@@ -30,8 +30,8 @@ def _of_logits(logits: Tensor, other: Tensor | None, values: Values, inplace: bo
     return log_prob.to(entropy.dtype), entropy, squares, absent if mean is None else mean, is_top
 
 
-FAMILIES[FUNCTION] = Family(
-    _of_logits, tuple(Result(name, flows=i < 2) for i, name in enumerate(("log_prob", *OUTPUTS)))
+register(
+    FUNCTION, Family(_of_logits, tuple(Result(name, flows=i < 2) for i, name in enumerate(("log_prob", *OUTPUTS))))
 )
 
 

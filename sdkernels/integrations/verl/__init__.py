@@ -1,20 +1,18 @@
 """RLSD inside verl: a distillation loss "rlsd", a fused LM head "sdkernels", and a teacher with a privileged prompt.
 
-The entry point in `verl.plugins` imports this whenever verl is imported; it adds two names and changes nothing else:
-`loss_mode: rlsd` with `RLSDLossConfig`, and `fused_kernel_options.impl_backend: sdkernels`. docs/verl.md is the guide.
+The entry point in `verl.plugins` imports this whenever verl is imported. It adds two names, `loss_mode: rlsd` with
+`RLSDLossConfig` and `fused_kernel_options.impl_backend: sdkernels`, the second by replacing two attributes of verl's,
+`FusedLinearForPPO` and `patch_forward_with_backends`, which hand on every other backend. docs/verl.md is the guide.
 """
 
-from sdkernels.integrations.verl._hooks import check
+from sdkernels.integrations.verl._hooks import check, logged
 
-check()  # before what follows meets another verl
+with logged():
+    check()  # before what follows meets another verl
 
-from sdkernels.integrations.verl.head import FusedLinear  # noqa: E402
-from sdkernels.integrations.verl.loss import RLSDLossConfig, rlsd_distillation_loss  # noqa: E402
-from sdkernels.integrations.verl.teacher import (  # noqa: E402
-    privileged_log_probs,
-    privileged_prompt_ids,
-    score_privileged,
-)
+    from sdkernels.integrations.verl.head import FusedLinear
+    from sdkernels.integrations.verl.loss import RLSDLossConfig, rlsd_distillation_loss
+    from sdkernels.integrations.verl.teacher import privileged_log_probs, privileged_prompt_ids, score_privileged
 
 __all__ = [
     "FusedLinear",

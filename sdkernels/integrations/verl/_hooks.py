@@ -1,6 +1,8 @@
 """What this integration takes hold of in verl."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sdkernels.integrations.hosts import check_host
 
@@ -22,12 +24,15 @@ HOOKS = {
 
 
 def check() -> None:
-    """Raise ImportError, in one line, unless this verl has the hooks.
+    """Raise ImportError, in one line, unless this verl has the hooks."""
+    check_host("verl", "0.9.1", "verl>=0.9,<0.10", HOOKS)
 
-    The line is logged too: verl drops what a plugin raises.
-    """
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """Log what is raised, in one line: verl says what a plugin raises at DEBUG only."""
     try:
-        check_host("verl", "0.9.1", "verl>=0.9,<0.10", HOOKS)
-    except ImportError as error:
-        logging.getLogger(__name__).error("%s", error)
+        yield
+    except Exception as error:
+        logging.getLogger(__name__).error("verl runs without sdkernels: %s: %s", type(error).__name__, error)
         raise

@@ -40,8 +40,9 @@ class RLSDLossConfig(DistillationLossConfig):
     """`distillation.distillation_loss` for RLSD: its `_target_` in YAML or on the command line.
 
     Args:
-        lam: the share of the weighted advantage; the peak of `lambda_schedule` where it warms up or decays. 0 is GRPO.
-        warmup_steps, decay_steps: of `lambda_schedule`, in verl's global steps.
+        lam: the share of the weighted advantage, the peak of `lambda_schedule`. 0 is GRPO.
+        warmup_steps, decay_steps: of `lambda_schedule`, in verl's global steps; with 0 of both lam stays. The defaults
+            are the paper's.
         clip_range, apply_to, pessimistic: of `evidence_weighted_advantage`; a pair (below, above) as a list.
         evidence_from: the student's side of the evidence is the "current" log-prob or the "old" one, as in `rlsd_loss`.
         privileged_key: the teacher's information, in a row's `extra_info`.
@@ -61,7 +62,7 @@ class RLSDLossConfig(DistillationLossConfig):
     log_prob_min_clamp: float | None = None
     lam: float = 0.5
     warmup_steps: int = 0
-    decay_steps: int = 0
+    decay_steps: int = 50
     clip_range: Any = 0.2
     apply_to: str = "all"
     pessimistic: bool = False
@@ -83,12 +84,12 @@ class RLSDLossConfig(DistillationLossConfig):
 
     def lam_at(self, data: Any) -> float:
         """`lam` for a batch, which is of verl's global step 1 or later."""
-        if not (self.warmup_steps or self.decay_steps):
+        if self.lam == 0 or not (self.warmup_steps or self.decay_steps):
             return float(self.lam)
         step = tu.get(data, "global_steps")
         if step is None:
             raise ValueError("warmup_steps and decay_steps need `global_steps` in the batch, where verl's v1 trainer "
-                             "puts it")  # fmt: skip
+                             "puts it: put it there too, or set both to 0 for a lam that stays")  # fmt: skip
         step = int(torch.as_tensor(step).max())  # one for each sample
         return lambda_schedule(step - 1, peak=self.lam, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
 
