@@ -62,7 +62,7 @@ package: $(VENV)/ready
 	build/clean/bin/python -m pip install -q dist/*-abi3-*.whl
 	CC=false CXX=false build/clean/bin/python -I tests/smoke.py README.md
 
-# Both trainers on their testbeds, beside the papers' claims: runs/repro. ARGS=--quick for minutes instead of an hour.
+# Both trainers on their testbeds, beside the papers' claims: runs/repro. ARGS=--quick for minutes instead of an hour and a half.
 repro: $(VENV)/ready
 	$(RUN) -m trainers.repro $(ARGS)
 
