@@ -12,8 +12,8 @@ bench: $(VENV)/ready
 	$(RUN) benchmarks/bench_rlsd_loss.py $(ARGS)
 
 # One process a core, each of one thread; neighbours stay together, which share models and ranks. The interpreter is slow:
-# it runs every sixth of a test's cases, and all of them with SAMPLE=1, as a GPU does.
-SAMPLE ?= 6
+# it runs every tenth of a test's cases, and all of them with SAMPLE=1, as a GPU does.
+SAMPLE ?= 10
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
 
 test: $(VENV)/ready

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import FLOAT64_BOUND, assert_within
-from conftest import INTERPRETED
+from conftest import INTERPRETED, no_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -147,6 +147,7 @@ def batch(path, **other):
     return tensors
 
 
+@no_kernel
 @pytest.mark.parametrize("mask", [{}, {"mask": None}], ids=["mask", "no mask"])
 def test_a_file_is_its_decomposition(mask, tmp_path):
     tensors = batch(tmp_path / "batch.safetensors", **mask)
@@ -158,6 +159,7 @@ def test_a_file_is_its_decomposition(mask, tmp_path):
         assert_within(x, y, 1e-12)
 
 
+@no_kernel
 def test_the_tool_prints_and_writes(tmp_path):
     path = tmp_path / "batch.safetensors"
     student = torch.zeros(2, 40, 11)

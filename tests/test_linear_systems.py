@@ -148,6 +148,7 @@ def test_another_length_scale_and_softcap_does_not_break_the_graph(function, dyn
             assert torch.equal(value, eager[name]), name
 
 
+@no_kernel
 def test_another_lam_and_temperature_does_not_compile_anew(device):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import no_kernel
 
 import sdkernels
 
+pytestmark = no_kernel
 ROOT = Path(__file__).parent.parent
 # SPEC's signatures
 SIGNATURES = {
