@@ -6,7 +6,7 @@ OUT ?= benchmarks/results
 HOST_verl := verl==0.9.1 cachetools TransferQueue fastapi uvicorn pyzmq msgspec
 HOST_swift := ms-swift==4.6.0 msgspec
 
-.PHONY: bench test test-trl test-verl test-swift check docs tables package repro aot gpu clean
+.PHONY: bench test test-trl test-verl test-swift check fuzz sanitize leaks docs tables package repro aot gpu clean
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/bench_rlsd_loss.py $(ARGS)
@@ -43,6 +43,26 @@ check: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.* csrc/cpu/*.*
 	$(RUN) -m mypy
+	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/_build
+
+# Thousands of random calls against float64; 10,000 of them in flat memory.
+fuzz: $(VENV)/ready
+	$(PYTEST) --hypothesis-profile=long tests/test_fuzz.py $(ARGS)
+
+leaks: $(VENV)/ready
+	$(RUN) tests/leaks.py $(ARGS)
+
+# The C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, under the tests that call it.
+SANITIZED := kernels truncated_kernels opsd_kernels masses support truncation truncated_log_prob replay token_log_prob \
+	evidence grpo rlsd ssd ssd_loss ssd_rows opsd opsd_rows opsd_loss opsd_decomposition shards memory fuzz
+sanitize: $(VENV)/ready
+	rm -rf build/sanitize
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" \
+		$(RUN) setup.py -q build --build-base build/sanitize --build-lib build/sanitize
+	ls build/sanitize/sdkernels/_C*.so
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=build/sanitize OMP_NUM_THREADS=1 $(RUN) -P -m pytest -n auto --dist worksteal \
+		$(SANITIZED:%=tests/test_%.py) $(ARGS)
 
 # The site of README and docs/, in docs/_build; a warning is an error.
 docs: $(VENV)/ready

@@ -14,7 +14,8 @@ from benchmarks.runner import Case, Prepared
 from benchmarks.truth import CLIP_RANGE, EPSILON
 
 BASELINE = "eager PyTorch"
-PEER_ERROR = 100.0  # multiples of our tolerance; PyTorch needs up to 75 on a CPU at V = 151,936, where p(y) is near 1
+# Multiples of our tolerance; PyTorch on a CPU needs 75 (AVX-512) to 148 (AVX2) at V = 151,936, where p(y) is near 1.
+PEER_ERROR = 200.0
 TRL_NOTE = "TRL log-probs: without a GPU it computes and returns bfloat16 log-probs of bfloat16 logits."
 LIGER_NOTE = (
     "Liger GRPO: it takes one advantage per sequence; given RLSD's, one per token, it raises nothing and returns "

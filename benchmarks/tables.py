@@ -1,7 +1,7 @@
 """The tables of README.md and docs/performance.md, made from benchmarks/results.
 
 ``python -m benchmarks.tables`` rewrites what stands between the markers ``<!-- table: NAME -->`` and ``<!-- end -->``
-of those documents. A test compares them with the results. A peer that got wrong numbers has no time to show.
+of those documents. A test compares them with the results. A peer that is off by more than the tolerance says how far.
 """
 
 from __future__ import annotations
@@ -54,12 +54,14 @@ def fastest(rows: Sequence[Row], among: Callable[[str], bool]) -> Row | None:
 
 
 def time(row: Row | None, named: bool = False) -> str:
-    """A median, with the name of what took it on request."""
+    """A median, with how many times our tolerance its error is, and on request the name of what took it."""
     if row is None:
         return ""
     milliseconds = row["seconds"][0] * 1e3
     text = f"{milliseconds:.1f} ms" if milliseconds < 20 else f"{milliseconds:,.0f} ms"
-    return f"{text} ({row['name']})" if named else text
+    error = max(row["errors"].values())
+    notes = ([row["name"]] if named else []) + ([f"{error:,.0f}x off"] if error > 1 else [])
+    return f"{text} ({', '.join(notes)})" if notes else text
 
 
 def memory(row: Row) -> str:

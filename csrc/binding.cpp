@@ -5,6 +5,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -68,19 +70,41 @@ RowArguments row_arguments(const RowView& view, const std::optional<Tensor>& tok
           temperatures ? doubles(*temperatures, values) : nullptr, rows / std::max<int64_t>(values, 1)};
 }
 
+// What a thread throws, as where memory ran out, is thrown again here: torch only says that its call failed.
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(0, count, grain, body);
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr thrown;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end);
+    } catch (...) {
+      if (!failed.test_and_set()) thrown = std::current_exception();
+    }
+  });
+  if (thrown) std::rethrow_exception(thrown);
 }
 
-const sdkernels::Kernels& kernels_for(const std::string& instruction_set) {
-  const sdkernels::Kernels* found = sdkernels::find_kernels(instruction_set);
-  STD_TORCH_CHECK(found, "this processor has no ", instruction_set);
+// The text of an argument. An argument that is a std::string would be copied by torch and never freed: pytorch#191340.
+std::string text_of(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  const bool read = !torch_string_length(handle, &length) && !torch_string_c_str(handle, &data);
+  STD_TORCH_CHECK(read, "an argument's text cannot be read");
+  const std::string text(data, length);
+  torch_delete_string(handle);
+  return text;
+}
+
+const sdkernels::Kernels& kernels_for(StringHandle instruction_set) {
+  const std::string name = text_of(instruction_set);
+  const sdkernels::Kernels* found = sdkernels::find_kernels(name);
+  STD_TORCH_CHECK(found, "this processor has no ", name);
   return *found;
 }
 
 void row_statistics(Tensor logits, Tensor token_ids, std::optional<Tensor> mask, double temperature,
                     std::optional<Tensor> temperatures, Tensor log_prob, Tensor entropy, Tensor max, Tensor log_sum,
-                    std::string instruction_set) {
+                    StringHandle instruction_set) {
   const RowView view = row_view(logits);
   const int64_t rows = view.rows();
   sdkernels::row_statistics(kernels_for(instruction_set), view,
@@ -91,7 +115,7 @@ void row_statistics(Tensor logits, Tensor token_ids, std::optional<Tensor> mask,
 
 void row_gradient(Tensor logits, Tensor token_ids, std::optional<Tensor> mask, double temperature,
                   std::optional<Tensor> temperatures, Tensor log_prob, Tensor entropy, Tensor max, Tensor log_sum,
-                  Tensor grad_log_prob, std::optional<Tensor> grad_entropy, Tensor grad, std::string instruction_set) {
+                  Tensor grad_log_prob, std::optional<Tensor> grad_entropy, Tensor grad, StringHandle instruction_set) {
   const RowView view = row_view(logits);
   const RowView target = row_view(grad);
   const int64_t rows = view.rows();
@@ -107,7 +131,7 @@ int64_t capacity_of(const Tensor& lists, int64_t rows) { return rows == 0 ? 0 : 
 
 void row_support(Tensor logits, std::optional<Tensor> mask, double temperature, std::optional<Tensor> temperatures,
                  int64_t top_k, double top_p, double min_p, bool partial, Tensor threshold, Tensor size, Tensor max,
-                 Tensor log_sum, Tensor entropy, Tensor token_ids, Tensor log_probs, std::string instruction_set) {
+                 Tensor log_sum, Tensor entropy, Tensor token_ids, Tensor log_probs, StringHandle instruction_set) {
   const RowView view = row_view(logits);
   const int64_t rows = view.rows(), capacity = capacity_of(token_ids, rows);
   sdkernels::row_support(
@@ -141,7 +165,7 @@ RowView view_like(const Tensor& tensor, const RowView& like, int64_t skipped = 0
 
 void truncated_log_softmax(Tensor logits, double temperature, std::optional<Tensor> temperatures, Tensor threshold,
                            Tensor size, Tensor max, Tensor log_sum, Tensor entropy, Tensor token_ids, Tensor log_probs,
-                           Tensor result, std::string instruction_set) {
+                           Tensor result, StringHandle instruction_set) {
   const RowView view = row_view(logits);
   sdkernels::truncated_log_softmax(
       kernels_for(instruction_set), view, row_arguments(view, std::nullopt, std::nullopt, temperature, temperatures),
@@ -152,7 +176,7 @@ void truncated_log_softmax(Tensor logits, double temperature, std::optional<Tens
 void truncated_gradient(Tensor logits, std::optional<Tensor> upstream, std::optional<Tensor> label_ids,
                         std::optional<Tensor> on_label, std::optional<Tensor> on_entropy, double temperature,
                         std::optional<Tensor> temperatures, Tensor threshold, Tensor size, Tensor max, Tensor log_sum,
-                        Tensor entropy, Tensor token_ids, Tensor log_probs, Tensor grad, std::string instruction_set) {
+                        Tensor entropy, Tensor token_ids, Tensor log_probs, Tensor grad, StringHandle instruction_set) {
   const RowView view = row_view(logits);
   const int64_t rows = view.rows();
   const RowView on_log_q = upstream ? view_like(*upstream, view) : RowView{};
@@ -192,7 +216,7 @@ void pair_statistics(Tensor student, std::optional<Tensor> base, std::optional<T
                      std::optional<Tensor> token_ids, std::optional<Tensor> log_probs, Tensor lse, Tensor support_lse,
                      Tensor tempered_lse, Tensor cross, Tensor negentropy, Tensor support_size, Tensor log_sum,
                      Tensor base_log_sum, Tensor max, Tensor support_max, Tensor base_max,
-                     std::string instruction_set) {
+                     StringHandle instruction_set) {
   const RowView view = row_view(student);
   const int64_t rows = view.rows();
   const RowView base_view = base ? view_like(*base, view) : RowView{};
@@ -209,7 +233,7 @@ void pair_gradient(Tensor student, std::optional<Tensor> base, double temperatur
                    std::optional<Tensor> log_probs, Tensor lse, Tensor support_lse, Tensor tempered_lse, Tensor cross,
                    Tensor negentropy, Tensor support_size, Tensor log_sum, Tensor base_log_sum, Tensor max,
                    Tensor support_max, Tensor base_max, Tensor on_lse, Tensor on_support_lse, Tensor on_tempered_lse,
-                   Tensor on_cross, Tensor grad, std::string instruction_set) {
+                   Tensor on_cross, Tensor grad, StringHandle instruction_set) {
   const RowView view = row_view(student);
   const int64_t rows = view.rows();
   const RowView base_view = base ? view_like(*base, view) : RowView{};
@@ -222,19 +246,19 @@ void pair_gradient(Tensor student, std::optional<Tensor> base, double temperatur
       view_like(grad, view), parallel_for);
 }
 
-sdkernels::DivergenceOptions divergence_options(const std::string& divergence, double beta, double token_clip) {
-  const bool known = divergence == "forward_kl" || divergence == "reverse_kl" || divergence == "jsd";
-  STD_TORCH_CHECK(known, "no divergence ", divergence);
-  const bool forward = divergence == "forward_kl", reverse = divergence == "reverse_kl";
+sdkernels::DivergenceOptions divergence_options(StringHandle divergence, double beta, double token_clip) {
+  const std::string name = text_of(divergence);
+  const bool forward = name == "forward_kl", reverse = name == "reverse_kl";
+  STD_TORCH_CHECK(forward || reverse || name == "jsd", "no divergence ", name);
   return {forward ? sdkernels::kForwardKL : reverse ? sdkernels::kReverseKL : sdkernels::kJSD, beta, token_clip};
 }
 
 void row_divergence(Tensor student, Tensor teacher, std::optional<Tensor> mask, double temperature,
-                    std::optional<Tensor> temperatures, std::string divergence, double beta, double token_clip,
+                    std::optional<Tensor> temperatures, StringHandle divergence, double beta, double token_clip,
                     std::optional<Tensor> known_log_sum, std::optional<Tensor> known_teacher_log_sum,
                     std::optional<Tensor> known_max, std::optional<Tensor> known_teacher_max, Tensor value,
                     Tensor slope, Tensor log_sum, Tensor teacher_log_sum, Tensor max, Tensor teacher_max,
-                    std::string instruction_set) {
+                    StringHandle instruction_set) {
   const RowView view = row_view(student);
   const int64_t rows = view.rows();
   sdkernels::row_divergence(kernels_for(instruction_set), view, view_like(teacher, view),
@@ -248,9 +272,9 @@ void row_divergence(Tensor student, Tensor teacher, std::optional<Tensor> mask, 
 }
 
 void divergence_gradient(Tensor student, Tensor teacher, double temperature, std::optional<Tensor> temperatures,
-                         std::string divergence, double beta, double token_clip, Tensor slope, Tensor log_sum,
+                         StringHandle divergence, double beta, double token_clip, Tensor slope, Tensor log_sum,
                          Tensor teacher_log_sum, Tensor max, Tensor teacher_max, Tensor upstream, Tensor grad,
-                         std::string instruction_set) {
+                         StringHandle instruction_set) {
   const RowView view = row_view(student);
   const int64_t rows = view.rows();
   sdkernels::divergence_gradient(kernels_for(instruction_set), view, view_like(teacher, view),
@@ -264,7 +288,7 @@ void divergence_gradient(Tensor student, Tensor teacher, double temperature, std
 void reduced_rows(Tensor student, Tensor teacher, Tensor token_ids, bool by_teacher, bool tail,
                   std::optional<Tensor> mask, double temperature, std::optional<Tensor> temperatures,
                   Tensor student_row, Tensor teacher_row, Tensor tail_max, Tensor tail_log_sum, Tensor teacher_tail_max,
-                  Tensor teacher_tail_log_sum, std::string instruction_set) {
+                  Tensor teacher_tail_log_sum, StringHandle instruction_set) {
   const sdkernels::Kernels& kernels = kernels_for(instruction_set);
   const RowView view = row_view(student);
   const int64_t rows = view.rows(), capacity = capacity_of(token_ids, rows), entries = rows * (capacity + 1);
@@ -284,7 +308,8 @@ void reduced_rows(Tensor student, Tensor teacher, Tensor token_ids, bool by_teac
 }
 
 void reduced_gradient(Tensor student, Tensor token_ids, double temperature, std::optional<Tensor> temperatures,
-                      Tensor tail_max, Tensor tail_log_sum, Tensor upstream, Tensor grad, std::string instruction_set) {
+                      Tensor tail_max, Tensor tail_log_sum, Tensor upstream, Tensor grad,
+                      StringHandle instruction_set) {
   const RowView view = row_view(student);
   const int64_t rows = view.rows(), capacity = capacity_of(token_ids, rows);
   sdkernels::reduced_gradient(kernels_for(instruction_set), view,
@@ -296,7 +321,7 @@ void reduced_gradient(Tensor student, Tensor token_ids, double temperature, std:
 
 void row_information(Tensor student, Tensor teachers, std::optional<Tensor> mask, double temperature,
                      std::optional<Tensor> temperatures, std::optional<Tensor> log_sums, std::optional<Tensor> maxima,
-                     Tensor total, Tensor marginal, Tensor information, std::string instruction_set) {
+                     Tensor total, Tensor marginal, Tensor information, StringHandle instruction_set) {
   const RowView view = row_view(student);
   const int64_t rows = view.rows(), known = rows * (teachers.size(0) + 1);
   std::vector<RowView> samples(teachers.size(0), view_like(teachers, view, 1));
@@ -308,7 +333,7 @@ void row_information(Tensor student, Tensor teachers, std::optional<Tensor> mask
 }
 
 void row_masses(Tensor logits, std::optional<Tensor> mask, double temperature, std::optional<Tensor> temperatures,
-                Tensor max, Tensor pivots, Tensor counts, Tensor masses, Tensor moments, std::string instruction_set) {
+                Tensor max, Tensor pivots, Tensor counts, Tensor masses, Tensor moments, StringHandle instruction_set) {
   const RowView view = row_view(logits);
   const int64_t rows = view.rows(), number = capacity_of(pivots, rows), places = rows * number;
   sdkernels::row_masses(

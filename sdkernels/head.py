@@ -181,7 +181,8 @@ def _saved_as_they_are() -> Any:
     """No hooks on what autograd saves: those of the caller, as of checkpointing, are not for the graph of a chunk."""
     if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:  # there are none, nor may be
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    # Detached: an output that its own node holds would keep a graph without a backward, and the chunk, forever.
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x)
 
 
 def _empty_results(function: str, hidden: Tensor, layout: str, dtype: torch.dtype) -> list[Tensor]:

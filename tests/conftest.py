@@ -17,12 +17,13 @@ no_kernel = pytest.mark.skipif(INTERPRETED, reason="says nothing of a kernel tha
 settings.register_profile(
     "sdkernels",
     deadline=None,
-    max_examples=15 if INTERPRETED else 60,
+    max_examples=8 if INTERPRETED else 60,
     derandomize="CI" in os.environ,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-settings.load_profile("sdkernels")
+settings.register_profile("long", settings.get_profile("sdkernels"), max_examples=int(os.environ.get("EXAMPLES", 3000)))
+settings.load_profile("sdkernels")  # unless --hypothesis-profile says otherwise
 
 
 def pytest_configure(config: pytest.Config) -> None:

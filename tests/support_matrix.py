@@ -221,7 +221,7 @@ def from_hidden(name: str) -> str:
 @cache
 def rows() -> tuple[tuple[str, ...], ...]:
     """The table."""
-    head = ("function", "float64", "float32, bfloat16, float16 on a CPU", "on CUDA", "ROCm", "truncation",
+    head = ("function", "float64", "float32, bfloat16, float16 on a CPU", "on CUDA, not yet run", "ROCm", "truncation",
             "sharded vocabulary", "from hidden states")  # fmt: skip
     body = []
     for name in CALLS:

@@ -31,6 +31,7 @@ def with_testbed(config: Config) -> Config:
         partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        print(f"making the testbed {directory}, once: a few minutes", flush=True)
         testbed.make(partial)
         partial.rename(directory)
     barrier()

@@ -199,7 +199,7 @@ void divergence_gradient(const Kernels& kernels, const RowView& student, const R
                          const RowArguments& arguments, const DivergenceOptions& options,
                          const DivergenceResults& saved, const double* upstream, const RowView& grad,
                          const ParallelFor& parallel_for) {
-  advise_huge_pages(grad);
+  advise_huge_pages(grad, student);
   parallel_for(student.rows(), grain(student), [&](int64_t first, int64_t last) {
     alignas(64) float g_buffer[kBlock];
     for (int64_t row = first; row < last; ++row) {
@@ -235,7 +235,7 @@ void reduced_rows(const Kernels& kernels, const RowView& logits, const RowArgume
 void reduced_gradient(const Kernels& kernels, const RowView& student, const RowArguments& arguments,
                       const int32_t* token_ids, int64_t capacity, const ReducedRow& saved, const float* upstream,
                       const RowView& grad, const ParallelFor& parallel_for) {
-  advise_huge_pages(grad);
+  advise_huge_pages(grad, student);
   parallel_for(student.rows(), grain(student), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const double temperature = arguments.temperature_of(row);

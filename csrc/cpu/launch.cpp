@@ -8,6 +8,7 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace sdkernels {
@@ -95,11 +96,12 @@ float scale(double temperature) { return static_cast<float>(std::clamp(kLog2E / 
 
 int64_t grain(const RowView& logits) { return kThreadWork / std::min(logits.vocab, kThreadWork); }
 
-void advise_huge_pages(const RowView& fresh) {
+void advise_huge_pages(const RowView& fresh, const RowView& source) {
 #ifdef __linux__
+  if (fresh.data == source.data) return;
   int64_t last = 0;
   for (int i = 0; i < 3; ++i) last += (fresh.sizes[i] - 1) * fresh.strides[i];
-  const uintptr_t page = 4096;
+  const uintptr_t page = sysconf(_SC_PAGESIZE);
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(fresh.data) + page - 1) / page * page;
   const uintptr_t end =
       (reinterpret_cast<uintptr_t>(fresh.data) + (last + fresh.vocab) * fresh.element_size()) / page * page;
@@ -155,7 +157,7 @@ void row_statistics(const Kernels& kernels, const RowView& logits, const RowArgu
 
 void row_gradient(const Kernels& kernels, const RowView& logits, const RowArguments& arguments, const RowResults& saved,
                   const UpstreamGradients& upstream, const RowView& grad, const ParallelFor& parallel_for) {
-  if (grad.data != logits.data) advise_huge_pages(grad);
+  advise_huge_pages(grad, logits);
   const int64_t splits = (logits.vocab + kSplit - 1) / kSplit;
   parallel_for(logits.rows() * splits, grain(logits), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {

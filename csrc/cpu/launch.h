@@ -109,8 +109,8 @@ Statistics statistics_of(const Kernels& kernels, const RowView& logits, int64_t 
 float element(const RowView& view, int64_t row, int64_t column);
 void set_element(const RowView& view, int64_t row, int64_t column, float value);
 
-// A fresh tensor costs more in page faults than in arithmetic unless its pages are huge.
-void advise_huge_pages(const RowView& fresh);
+// A fresh tensor costs more in page faults than in arithmetic unless its pages are huge; in place, none is fresh.
+void advise_huge_pages(const RowView& fresh, const RowView& source);
 
 // S = {v : z_v >= threshold} of a row and its q; in rows whose size is at most `capacity` also as a list, -1 for none.
 struct Supports {

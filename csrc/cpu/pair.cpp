@@ -88,9 +88,9 @@ void set_zero(int64_t row, const PairResults& results) {
 }
 
 void listed_gradient(const Kernels& kernels, const RowView& student, const Pair& pair, const PairCoefficients& c,
-                     const RowView& grad, int64_t row) {
+                     const RowView& grad, int64_t row, std::vector<double>& logits) {
   const int64_t begin = row * pair.capacity;
-  std::vector<double> logits(pair.capacity);  // read first: in place, the gradient overwrites them
+  // Read first: in place, the gradient overwrites them.
   for (int64_t i = 0; i < pair.capacity; ++i) {
     const int64_t id = pair.token_ids[begin + i];
     if (0 <= id && id < student.vocab) logits[i] = element(student, row, id);
@@ -142,8 +142,9 @@ void pair_statistics(const Kernels& kernels, const RowView& student, const RowAr
 void pair_gradient(const Kernels& kernels, const RowView& student, const RowArguments& arguments, const Pair& pair,
                    const PairResults& saved, const PairUpstream& upstream, const RowView& grad,
                    const ParallelFor& parallel_for) {
-  advise_huge_pages(grad);
+  advise_huge_pages(grad, student);
   parallel_for(student.rows(), grain(student), [&](int64_t first, int64_t last) {
+    std::vector<double> listed(pair.capacity);  // before a row is overwritten: there may be no memory
     for (int64_t row = first; row < last; ++row) {
       const double on[] = {upstream.on_lse[row], upstream.on_support_lse[row], upstream.on_tempered_lse[row],
                            upstream.on_cross[row]};
@@ -167,7 +168,7 @@ void pair_gradient(const Kernels& kernels, const RowView& student, const RowArgu
       c.on_tempered_p = static_cast<float>(on[2]);
       c.on_q = static_cast<float>(on[3]);
       if (pair.listed(row))
-        listed_gradient(kernels, student, pair, c, grad, row);
+        listed_gradient(kernels, student, pair, c, grad, row, listed);
       else
         dense_gradient(kernels, student, *pair.base, c, grad, row);
     }

@@ -251,14 +251,8 @@ void SupportResults::set_all(int64_t row, int64_t capacity, float value) const {
 
 void row_support(const Kernels& kernels, const RowView& logits, const RowArguments& arguments, const Filters& filters,
                  int64_t capacity, bool partial, const SupportResults& results, const ParallelFor& parallel_for) {
-  std::vector<int64_t> kept;
-  for (int64_t row = 0; row < logits.rows(); ++row) {
-    if (arguments.keeps(row)) {
-      kept.push_back(row);
-      continue;
-    }
-    results.set_all(row, capacity, 0.0f);
-  }
+  const std::vector<int64_t> kept =
+      kept_rows(logits, arguments, [&](int64_t row) { results.set_all(row, capacity, 0.0f); });
   parallel_for(kept.size(), grain(logits), [&](int64_t begin, int64_t end) {
     Workspace work;
     for (int64_t i = begin; i < end; ++i) {

@@ -96,7 +96,7 @@ void gradient_of_row(const Kernels& kernels, const RowView& logits, const RowArg
 
 void truncated_log_softmax(const Kernels& kernels, const RowView& logits, const RowArguments& arguments,
                            const Supports& supports, const RowView& result, const ParallelFor& parallel_for) {
-  advise_huge_pages(result);
+  advise_huge_pages(result, logits);
   parallel_for(logits.rows(), grain(logits), [&](int64_t first, int64_t last) {
     alignas(64) float z_buffer[kBlock], buffer[kBlock];
     for (int64_t row = first; row < last; ++row) {
@@ -121,7 +121,7 @@ void truncated_log_softmax(const Kernels& kernels, const RowView& logits, const 
 void truncated_gradient(const Kernels& kernels, const RowView& logits, const RowArguments& arguments,
                         const Supports& supports, const SupportUpstream& upstream, const RowView& grad,
                         const ParallelFor& parallel_for) {
-  advise_huge_pages(grad);
+  advise_huge_pages(grad, logits);
   parallel_for(logits.rows(), grain(logits), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row)
       gradient_of_row(kernels, logits, arguments, supports, upstream, grad, row);
