@@ -55,11 +55,11 @@ leaks: $(VENV)/ready
 # The C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, under the tests that call it.
 SANITIZED := kernels truncated_kernels opsd_kernels masses support truncation truncated_log_prob replay token_log_prob \
 	evidence grpo rlsd ssd ssd_loss ssd_rows opsd opsd_rows opsd_loss opsd_decomposition shards memory fuzz
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/ready
 	rm -rf build/sanitize
-	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" \
-		$(RUN) setup.py -q build --build-base build/sanitize --build-lib build/sanitize
-	ls build/sanitize/sdkernels/_C*.so
+	CXXFLAGS="$(SANITIZERS) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZERS)" $(RUN) setup.py -q build --build-base build/sanitize --build-lib build/sanitize
+	nm -D build/sanitize/sdkernels/_C*.so | grep -q __asan_report
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=build/sanitize OMP_NUM_THREADS=1 $(RUN) -P -m pytest -n auto --dist worksteal \
 		$(SANITIZED:%=tests/test_%.py) $(ARGS)

@@ -22,6 +22,7 @@ VOCABULARIES = (1, 2, 3, 15, 16, 17, 31, 63, 64, 65, 100, 127, 255, 256, 257, 51
 SHAPES = ((), (0,), (1,), (5,), (2, 3), (3, 0), (1, 4), (2, 2, 2), (2, 1, 2, 2))
 FEW = ((), (2,), (1, 2))  # of rows so long that more would take long
 KINDS = (*nasty.ROWS, *OWN)
+FINITE = tuple(kind for kind in KINDS if kind not in ("lowest", "further_below_zero"))  # also their divergences
 DTYPES = nasty.DTYPES[:3]
 OFFSETS = (-3.0, -0.5, -0.1, 0.1, 0.5, 1.5)  # of log r; with 0.02 of noise, none within rounding of where it is clipped
 DIFFERENTIABLE = ("token_log_prob", "truncated_log_softmax", "grpo_loss", "rlsd_loss", "ssd_loss", "ssd_decomposition",
@@ -114,7 +115,8 @@ class Draw:
 
     def logits(self, side, like=None):
         """(..., V), NaN where masked, in some layout; if asked, of about the probabilities of others."""
-        kind, dtype = self.choose(f"{side}'s rows", KINDS), self.choose(f"{side}'s dtype", DTYPES)
+        kinds = KINDS if like is None else FINITE
+        kind, dtype = self.choose(f"{side}'s rows", kinds), self.choose(f"{side}'s dtype", DTYPES)
         z = rows(kind, self.shape.numel(), self.vocab, dtype).reshape(*self.shape, self.vocab)
         if like is not None and self.choose(f"{side} is like the student", (True, False)):
             z = (like.float() + torch.randn(z.shape) / 3).to(dtype)

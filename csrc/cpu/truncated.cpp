@@ -63,7 +63,8 @@ void gradient_of_row(const Kernels& kernels, const RowView& logits, const RowArg
       -inverse * (through_q + on_label + (on_entropy == 0.0 ? 0.0 : on_entropy * supports.entropy[row]));
   const double entropy_slope = -inverse * on_entropy;
   auto entry = [&](int64_t id, double log_q) {
-    double g = std::exp(log_q) * (slope + (entropy_slope == 0.0 ? 0.0 : entropy_slope * log_q));
+    const double through_entropy = entropy_slope == 0.0 ? 0.0 : entropy_slope * std::max<double>(log_q, kFloor);
+    double g = std::exp(log_q) * (slope + through_entropy);
     if (upstream.log_q) g += inverse * element(*upstream.log_q, row, id);
     if (upstream.label_ids && id == upstream.label_ids[row]) g += inverse * on_label;
     set_element(grad, row, id, static_cast<float>(g));
