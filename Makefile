@@ -58,7 +58,7 @@ SANITIZED := kernels truncated_kernels opsd_kernels masses support truncation tr
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/ready
 	rm -rf build/sanitize
-	CXXFLAGS="$(SANITIZERS) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZERS)" $(RUN) setup.py -q build --build-base build/sanitize --build-lib build/sanitize
+	CXXFLAGS="$(SANITIZERS) -fno-omit-frame-pointer -O1 -g" LDFLAGS="$(SANITIZERS)" $(RUN) setup.py -q build --build-base build/sanitize --build-lib build/sanitize
 	nm -D build/sanitize/sdkernels/_C*.so | grep -q __asan_report
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=build/sanitize OMP_NUM_THREADS=1 $(RUN) -P -m pytest -n auto --dist worksteal \

@@ -3,6 +3,7 @@
 Install with ``pip install -e . --no-build-isolation``: an isolated build would not see the torch you have.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ else:
         "-Wno-maybe-uninitialized",
         "-g0",
         "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
+        *os.environ.get("CXXFLAGS", "").split(),  # once more and last, so that they win: sanitizers want -O1 -g
     ]
     sources = ["binding.cpp", *sorted(path.relative_to("csrc").as_posix() for path in Path("csrc/cpu").glob("*.cpp"))]
     extension = CppExtension(

@@ -358,11 +358,11 @@ def on_hidden(name, choose):
     wide = [x if x is None else x.double() for x in (p.hidden, p.weight, head["bias"])]
     z = heads.logits_of(*wide, head["softcap"], head["logit_scale"])
     exact = torch.float64 in dtypes  # where rounding would decide what is kept or clipped, nothing is
+    log_prob = oracles.token_log_prob(z, p.token_ids, temperature).log_prob
     if name in ("grpo_loss", "rlsd_loss"):
-        p.old = near(oracles.token_log_prob(z, p.token_ids, temperature).log_prob)
-        options["dual_clip"] = choose("dual_clip", (None, 3.0))
+        p.old, options["dual_clip"] = near(log_prob), choose("dual_clip", (None, 3.0))
     if name.startswith("rlsd") and choose("teacher", ("hidden states", "log-probs")) == "log-probs":
-        options["other"] = -5 * torch.rand(shape)
+        options["other"] = near(log_prob)
     if name == "ssd_loss" and choose("base is a Support", (False, True)):
         options["other"] = sdkernels.truncated_support(z, temperature, top_k=7, max_size=9)
     elif exact and name in ("ssd_loss", "token_log_prob", "truncated_support"):
