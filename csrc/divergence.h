@@ -4,7 +4,6 @@ namespace sdkernels {
 namespace SDK_ISA {
 
 constexpr float kLn2 = 0.69314718f;
-constexpr int64_t kShortFlush = 8 * kLanes;  // as many additions to a lane as kFlush allows four accumulators
 
 // p log(p / q) from log2: 0 where p is 0, inf where only q is; p may underflow, log2 p tells.
 inline Floats relative(Floats p, Floats log2_p, Floats log2_q) {

@@ -6,6 +6,7 @@ namespace sdkernels {
 namespace SDK_ISA {
 
 constexpr int64_t kFlush = 8 * kStep;  // beside a sum of 1, float loses small terms: doubles take over before it shows
+constexpr int64_t kShortFlush = 8 * kLanes;  // as many additions to a lane as kFlush allows four accumulators
 
 template <class T>
 inline void fold_maximum(const T* source, Floats (&maximum)[kUnroll]) {

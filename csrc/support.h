@@ -85,9 +85,9 @@ inline PairStatistics pair_statistics(const float* student, const float* base, i
   result.max = largest_lane(max);
   result.support_max = largest_lane(support_max);
   result.base_max = largest_lane(base_max);
-  for (int64_t begin = 0; begin < count; begin += kFlush) {
+  for (int64_t begin = 0; begin < count; begin += kShortFlush) {
     Floats sum{}, support_sum{}, tempered_sum{}, base_sum{}, base_weighted{}, cross{};
-    const int64_t end = begin + kFlush < count ? begin + kFlush : count;
+    const int64_t end = begin + kShortFlush < count ? begin + kShortFlush : count;
     for (int64_t i = begin; i < end; i += kLanes) {
       const Floats z = load(student + i), b = load(base + i);
       sum += exp2_or_0((z - result.max) * c.student);

@@ -1,4 +1,4 @@
-"""Random calls of the public functions: drawn by hypothesis in test_fuzz.py, by random in leaks.py.
+"""Random calls of the functions on logits: drawn by hypothesis in test_fuzz.py, by random in leaks.py.
 
 `choose(name, values)` is all that they know of where a choice comes from; the numbers follow from a seed chosen first.
 """
@@ -28,8 +28,7 @@ OFFSETS = (-3.0, -0.5, -0.1, 0.1, 0.5, 1.5)  # of log r; with 0.02 of noise, non
 DIFFERENTIABLE = ("token_log_prob", "truncated_log_softmax", "grpo_loss", "rlsd_loss", "ssd_loss", "ssd_decomposition",
                   "opsd_loss")  # fmt: skip
 DETACHED = ("rlsd_token_advantage", "evidence_weighted_advantage", "opsd_decomposition", "truncated_support")
-LOGITS = (*DIFFERENTIABLE, *DETACHED)
-HIDDEN = heads.FUNCTIONS
+FUNCTIONS = (*DIFFERENTIABLE, *DETACHED)
 
 
 @dataclass
@@ -179,15 +178,6 @@ class Draw:
             "dual_clip": self.choose("dual_clip", (None, 3.0, math.inf)),
         }
 
-    def weighing(self):
-        return {
-            "clip_range": self.choose("clip_range", CLIPS),
-            "lam": self.choose("lam", (1.0, 0.3, 0.0)),
-            "apply_to": self.choose("apply_to", ("all", "negative", "positive")),
-            "pessimistic": self.choose("pessimistic", (False, True)),
-            "credit_mask": self.choose("credit_mask", (None, torch.rand(self.shape) < 0.7)),
-        }
-
     def divergence(self):
         divergence = self.choose("divergence", ("forward_kl", "reverse_kl", "jsd"))
         return {
@@ -198,6 +188,9 @@ class Draw:
             "tail": self.choose("tail", (True, False)),
             "token_clip": self.choose("token_clip", (None, None, 0.3, 0.01)),
         }
+
+    def weighing(self):
+        return weighing(self.choose, self.shape)
 
     def inplace(self, logits):
         may = 0 not in logits.stride() and logits.dim() <= 4 and logits.stride(-1) == 1
@@ -218,6 +211,17 @@ def reducing(choose, shape, sequences):
     }
 
 
+def weighing(choose, shape):
+    """Options of the evidence."""
+    return {
+        "clip_range": choose("clip_range", CLIPS),
+        "lam": choose("lam", (1.0, 0.3, 0.0)),
+        "apply_to": choose("apply_to", ("all", "negative", "positive")),
+        "pessimistic": choose("pessimistic", (False, True)),
+        "credit_mask": choose("credit_mask", (None, torch.rand(shape) < 0.7)),
+    }
+
+
 def near(log_prob):
     """Log-probs that differ by one of OFFSETS; those so large that float32 has none near them, by about nothing."""
     chosen = torch.tensor(OFFSETS)[torch.randint(len(OFFSETS), log_prob.shape)] + 0.02 * torch.rand(log_prob.shape)
@@ -225,7 +229,7 @@ def near(log_prob):
 
 
 def on_logits(name, choose):
-    """A call of one of LOGITS."""
+    """A call of one of FUNCTIONS."""
     return _DRAWN[name](Draw(choose, sequences=name not in WITHOUT_SEQUENCES))
 
 
@@ -281,7 +285,12 @@ def _rlsd_loss(draw):
 
 def _rlsd_token_advantage(draw):
     token_ids, logits, temperature = draw.label(), draw.logits("student"), draw.temperature()
-    options = {"temperature": temperature, "mask": draw.mask, "cu_seqlens": draw.cu_seqlens, **draw.weighing()}
+    options = {
+        "temperature": temperature,
+        "mask": draw.mask,
+        "cu_seqlens": draw.cu_seqlens,
+        **draw.weighing(),
+    }
     arguments = [logits, _teacher(draw, logits), token_ids, draw.advantages()]
     return draw.case("rlsd_token_advantage", arguments, temperature, options)
 
@@ -326,53 +335,11 @@ def _opsd_decomposition(draw):
 
 
 _DRAWN = {
-    "token_log_prob": _token_log_prob,
-    "truncated_log_softmax": _truncated_log_softmax,
-    "truncated_support": _truncated_support,
-    "grpo_loss": _grpo_loss,
-    "rlsd_loss": _rlsd_loss,
-    "rlsd_token_advantage": _rlsd_token_advantage,
-    "evidence_weighted_advantage": _evidence_weighted_advantage,
-    "ssd_loss": _ssd("ssd_loss"),
-    "ssd_decomposition": _ssd("ssd_decomposition"),
-    "opsd_loss": _opsd_loss,
-    "opsd_decomposition": _opsd_decomposition,
-}
-
-
-def on_hidden(name, choose):
-    """A problem, and options for `heads.check` or `heads.run_fused` of linear_<name>."""
-    shape = choose("shape", ((0,), (5,), (2, 3), (3, 0), (2, 2, 2), (2, 1, 2, 2)))
-    vocab, width = choose("V", (61, 257, 1000)), choose("H", (1, 12, 33))
-    torch.manual_seed(choose("seed", range(1 << 16)))
-    dtypes = [choose(each, nasty.DTYPES) for each in ("dtype of hidden states", "dtype of the head")]
-    p = heads.problem(*shape, hidden=dtypes[0], weight=dtypes[1], vocab=vocab, width=width)
-    head = {
-        "bias": choose("bias", (None, p.bias)),
-        "softcap": choose("softcap", (None, 30.0) if name == "truncated_support" else (None, 3.0, 30.0)),  # else ties
-        "logit_scale": choose("logit_scale", (1.0, 0.5)),
-    }
-    temperature = choose("temperature", (1.0, 0.3, 1.6, p.positive, torch.rand(shape[:-1]) + 0.5))
-    options = {**head, "temperature": temperature, "mask": choose("mask", (None, p.mask, p.mask.int()))}
-    options["chunk_size"] = choose("chunk_size", (None, 1, 3, 1000))
-    wide = [x if x is None else x.double() for x in (p.hidden, p.weight, head["bias"])]
-    z = heads.logits_of(*wide, head["softcap"], head["logit_scale"])
-    exact = torch.float64 in dtypes  # where rounding would decide what is kept or clipped, nothing is
-    log_prob = oracles.token_log_prob(z, p.token_ids, temperature).log_prob
-    if name in ("grpo_loss", "rlsd_loss"):
-        p.old, options["dual_clip"] = near(log_prob), choose("dual_clip", (None, 3.0))
-    if name.startswith("rlsd") and choose("teacher", ("hidden states", "log-probs")) == "log-probs":
-        options["other"] = near(log_prob)
-    if name == "ssd_loss" and choose("base is a Support", (False, True)):
-        options["other"] = sdkernels.truncated_support(z, temperature, top_k=7, max_size=9)
-    elif exact and name in ("ssd_loss", "token_log_prob", "truncated_support"):
-        options |= {"top_k": choose("top_k", (None, 1, 5)), "top_p": choose("top_p", (None, 0.9))}
-    if name == "opsd_loss":
-        options["divergence"] = choose("divergence", ("forward_kl", "reverse_kl", "jsd"))
-        options["top_k"] = choose("top_k", (None, 1, 7) if exact else (None,))
-    if name in heads.LOSSES:
-        options |= reducing(choose, p.shape, len(shape) > 1)
-    return p, options
+    **{f.__name__.removeprefix("_"): f
+       for f in (_token_log_prob, _truncated_log_softmax, _truncated_support, _grpo_loss, _rlsd_loss,
+                 _rlsd_token_advantage, _evidence_weighted_advantage, _opsd_loss, _opsd_decomposition)},
+    **{name: _ssd(name) for name in ("ssd_loss", "ssd_decomposition")},
+}  # fmt: skip
 
 
 def of_random(generator):

@@ -16,11 +16,12 @@ from resource import getpagesize
 import fuzz_cases
 import heads
 import torch
+from fuzz_cases import on_logits
+from fuzz_hidden import on_hidden
 
 BOUND = 1 << 18  # bytes, of 8,000 calls: 33 a call
 WARM = 2  # rounds that are not counted
-FUNCTIONS = [*((fuzz_cases.on_logits, name) for name in fuzz_cases.LOGITS),
-             *((fuzz_cases.on_hidden, name) for name in fuzz_cases.HIDDEN)]  # fmt: skip
+FUNCTIONS = [*((on_logits, name) for name in fuzz_cases.FUNCTIONS), *((on_hidden, name) for name in heads.FUNCTIONS)]
 
 
 def resident():
@@ -35,7 +36,7 @@ def call(seed):
     generator = random.Random(seed)
     draw, name = FUNCTIONS[seed % len(FUNCTIONS)]
     case = draw(name, fuzz_cases.of_random(generator))
-    if draw is fuzz_cases.on_hidden:
+    if draw is on_hidden:
         problem, options = case
         heads.run_fused(name, problem, everything=generator.random() < 0.5, **options)
     elif generator.random() < 0.8:

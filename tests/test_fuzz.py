@@ -8,7 +8,9 @@ from functools import partial
 from types import SimpleNamespace
 
 import fuzz_cases
+import fuzz_hidden
 import heads
+import nasty
 import opsd_oracles
 import oracles
 import pytest
@@ -21,6 +23,8 @@ from opsd_oracles import GRADIENT_FACTOR
 from test_kernels import CSRC, INSTRUCTION_SETS
 from test_opsd_kernels import OPERATORS as OF_DIVERGENCES
 from test_truncated_kernels import OPERATORS as OF_SUPPORTS
+
+from sdkernels import ssd_decomposition, token_log_prob
 
 pytestmark = no_kernel
 EPSILON = epsilon(torch.float32)
@@ -38,7 +42,7 @@ def a_part(of):
     return settings(max_examples=settings().max_examples // of)
 
 
-@pytest.mark.parametrize("name", fuzz_cases.LOGITS)
+@pytest.mark.parametrize("name", fuzz_cases.FUNCTIONS)
 @a_part(of=2)
 @given(data=st.data())
 def test_a_call_equals_itself_in_float64(name, data):
@@ -63,13 +67,28 @@ def test_a_call_equals_itself_in_float64(name, data):
         check_gradient(case, gradient, true_gradient, coefficients(exact, truth, upstream))
 
 
-@pytest.mark.parametrize("name", fuzz_cases.HIDDEN)
+@pytest.mark.parametrize("name", fuzz_hidden.FUNCTIONS)
 @a_part(of=4)
 @given(data=st.data())
 def test_a_call_from_hidden_states_equals_float64_logits(name, data):
     choose = drawn_by(data)
-    problem, options = fuzz_cases.on_hidden(name, choose)
+    problem, options = fuzz_hidden.on_hidden(name, choose)
     heads.check(name, problem, choose("pulls", (False, True)), **options)
+
+
+@pytest.mark.parametrize("vocab", [257, 2048])
+def test_a_base_of_one_against_many_is_as_exact_where_the_student_finds_the_one_improbable(vocab):
+    """Each of the small terms is beside sums of the large one, which float32 rounds."""
+    base, student = nasty.rows("one_against_many", 1, vocab), torch.randn(1, vocab) * 10
+    student[0, 0] = student.max() - 57
+    found, truth = (ssd_decomposition(*x, 1.6) for x in ((student, base), (student.double(), base.double())))
+    assert_within(found.base_alignment, truth.base_alignment, LOG_PROB_BOUND)
+
+
+def test_a_replayed_token_beyond_float32_has_no_entropy_gradient():
+    logits = torch.tensor([[0.0, torch.finfo(torch.float32).min]], requires_grad=True)
+    entropy = token_log_prob(logits, torch.tensor([0]), 0.5, support=torch.tensor([[0, 1]])).entropy
+    assert_within(*torch.autograd.grad(entropy.sum(), logits), torch.zeros(1, 2), 0.0)
 
 
 def is_decided(case):

@@ -42,7 +42,7 @@ def some_cases(inplace=False):
         chosen = fuzz_cases.of_random(random.Random(seed))
         return fuzz_cases.on_logits(name, lambda key, values: fixed[key] if key in fixed else chosen(key, values))
 
-    return [drawn(name, seed) for name in fuzz_cases.LOGITS for seed in (1, 2)]
+    return [drawn(name, seed) for name in fuzz_cases.FUNCTIONS for seed in (1, 2)]
 
 
 def run(case):
