@@ -53,8 +53,7 @@ leaks: $(VENV)/ready
 	$(RUN) tests/leaks.py $(ARGS)
 
 # The C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, under the tests that call it.
-SANITIZED := kernels truncated_kernels opsd_kernels masses support truncation truncated_log_prob replay token_log_prob \
-	evidence grpo rlsd ssd ssd_loss ssd_rows opsd opsd_rows opsd_loss opsd_decomposition shards memory fuzz
+SANITIZED := kernels truncated_kernels opsd_kernels masses replay ssd_rows opsd_rows fuzz
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/ready
 	rm -rf build/sanitize
